@@ -1,0 +1,32 @@
+"""Flax transformers with dense layers of 1 to 8 bits, weights and activations, under jax.jit."""
+
+import importlib
+from typing import Any
+
+from ._native import Unavailable, status
+from .ops import int_matmul, matmul, quantize_activations
+from .quantize import quantize
+from .rotation import Rotation
+from .tensor import QuantizedTensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "QuantizedTensor",
+    "Rotation",
+    "Unavailable",
+    "int_matmul",
+    "linen",
+    "matmul",
+    "nnx",
+    "quantize",
+    "quantize_activations",
+    "status",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Layers import Flax, so they load on first use.
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,91 @@
+"""Finds the compiled extensions, checks them against the running jaxlib, registers them once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import pathlib
+import re
+from types import ModuleType
+from typing import Any
+
+import jax
+
+ISA_VARIABLE = "JAX_ANYPREC_ISA"
+
+
+class Unavailable(RuntimeError):
+    """An implementation was asked for by name and can't run; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A compiled extension, or the reason why there is none."""
+
+    module: ModuleType | None
+    reason: str | None
+
+    def require(self, name: str) -> ModuleType:
+        """The extension, or `Unavailable` with the reason."""
+        if self.module is None:
+            raise Unavailable(f"implementation={name!r} is unavailable: {self.reason}")
+        return self.module
+
+
+@functools.cache
+def cpu() -> Backend:
+    """The CPU extension, registered with XLA on first use."""
+    return _load("jax_anyprec._cpu", "cpu")
+
+
+def status() -> dict[str, dict[str, Any]]:
+    """Each backend: whether it is available, the reason if not, and for the CPU its instruction set.
+
+    Loads the extensions; initialises no device.
+    """
+    backend = cpu()
+    entry: dict[str, Any] = {"available": backend.module is not None, "reason": backend.reason}
+    if backend.module is not None:
+        entry["isa"] = backend.module.isa()
+        entry["isa_available"] = list(backend.module.available_isas())
+    return {
+        "xla": {"available": True, "reason": None},
+        "cpu": entry,
+        "cuda": {"available": False, "reason": "this version has no CUDA backend"},
+    }
+
+
+def _load(module_name: str, platform: str) -> Backend:
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        return Backend(None, f"{module_name} can't be imported: {error}")
+    built, running = module.ffi_api_version(), _running_api_version()
+    # A newer or foreign FFI API would be rejected at the first JAX operation and take the whole
+    # process with it, so it is never registered.
+    if running is None:
+        return Backend(None, "the FFI API version of the installed jaxlib can't be read")
+    if built[0] != running[0] or built > running:
+        return Backend(
+            None,
+            f"built for XLA FFI {built[0]}.{built[1]}, but the installed jaxlib has "
+            f"{running[0]}.{running[1]}; reinstall jax_anyprec or upgrade jaxlib",
+        )
+    for name, capsule in module.registrations().items():
+        jax.ffi.register_ffi_target(name, capsule, platform=platform)
+    return Backend(module, None)
+
+
+def _running_api_version() -> tuple[int, int] | None:
+    spec = importlib.util.find_spec("jaxlib")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    header = pathlib.Path(spec.submodule_search_locations[0], "include/xla/ffi/api/c_api.h")
+    try:
+        text = header.read_text()
+    except OSError:
+        return None
+    found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", text))
+    return (int(found["MAJOR"]), int(found["MINOR"])) if len(found) == 2 else None

@@ -1,0 +1,131 @@
+"""The bipolar-INT format: codes, odd integers and bit planes, in NumPy and JAX alike.
+
+A `bits`-bit code ``u`` in ``0..2**bits - 1`` stands for the odd integer
+``q = 2 u - (2**bits - 1)``: bit ``i`` of the code contributes ``+2**i`` or ``-2**i``
+(arXiv 2409.17870, section 3). This module is the layout contract; ``csrc/format.h`` is its
+C++ side and ``tests/test_format.py`` holds the two together. Every function takes a NumPy or
+a JAX array and answers with the same kind. The mathematics is derived in ``docs/format.md``.
+"""
+
+from __future__ import annotations
+
+import operator
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._compat import Tracer
+
+WORD_BITS = 32
+"""Bits in one word of a plane; bit ``k % 32`` of word ``k // 32`` belongs to index ``k``."""
+
+MAX_BITS = 8
+
+MIN_SCALE, MAX_SCALE = 2.0**-100, 2.0**100
+"""Range of usable scales: inside it no step of `encode` meets a float32 overflow or subnormal."""
+
+ZERO_LEVEL = 2.0**-24
+"""Levels ``x / (2 s)`` of a smaller magnitude count as 0, whether subnormals are flushed or not."""
+
+
+def namespace(x: Any) -> ModuleType:
+    """`numpy` for NumPy arrays and scalars, else `jax.numpy`."""
+    return np if isinstance(x, np.ndarray | np.generic) else jnp
+
+
+def check_bits(bits: Any, name: str = "bits") -> int:
+    """`bits` as a Python int in 1..8, or a TypeError or ValueError that names the argument."""
+    if isinstance(bits, Tracer):
+        raise TypeError(
+            f"{name} must be a Python int from 1 to {MAX_BITS} known at trace time, "
+            f"got a traced value {bits}; make it a static argument (jax.jit static_argnames)"
+        )
+    if isinstance(bits, bool | np.bool_):
+        raise TypeError(f"{name} must be an int from 1 to {MAX_BITS}, got {bits!r}")
+    try:
+        value = operator.index(bits)
+    except TypeError:
+        raise TypeError(f"{name} must be an int from 1 to {MAX_BITS}, got {bits!r}") from None
+    if not 1 <= value <= MAX_BITS:
+        raise ValueError(f"{name} must be from 1 to {MAX_BITS}, got {value}")
+    return value
+
+
+def max_level(bits: int) -> int:
+    """Largest odd integer of the format, ``2**bits - 1``; also the largest code."""
+    return (1 << bits) - 1
+
+
+def words(k: int) -> int:
+    """Number of 32-bit words in a plane row of `k` bits."""
+    return -(-k // WORD_BITS)
+
+
+def codes_to_ints(codes: Any, bits: int) -> Any:
+    """Codes ``uint8[...]`` to the odd integers ``2 u - (2**bits - 1)``, ``int32[...]``."""
+    return 2 * codes.astype(np.int32) - max_level(bits)
+
+
+def encode(x: Any, scales: Any, bits: int) -> Any:
+    """Nearest codes of ``x ~ scales * q``; ``uint8`` of the broadcast shape.
+
+    ``u = clip(floor(x * (0.5 / s)) + 2**(bits - 1), 0, 2**bits - 1)`` in float32, where a level
+    ``|x * (0.5 / s)| < 2**-24`` counts as 0. A value midway between two levels goes to the larger
+    code. With a scale outside of MIN_SCALE..MAX_SCALE (0 or NaN, say) finite values get code
+    ``2**(bits - 1)``; NaN gets code 0. One product feeds the floor, so no compiler can contract
+    the rounding, and all implementations agree bit for bit.
+    """
+    xp = namespace(x)
+    half, one = np.float32(0.5), np.float32(1)
+    usable = (scales >= np.float32(MIN_SCALE)) & (scales <= np.float32(MAX_SCALE))
+    inverse = xp.where(usable, half / xp.where(usable, scales, one), np.float32(0))
+    with np.errstate(over="ignore", invalid="ignore"):
+        level = x.astype(np.float32) * inverse
+    level = xp.where(xp.abs(level) < np.float32(ZERO_LEVEL), np.float32(0), xp.floor(level))
+    low, high = np.float32(-(1 << (bits - 1))), np.float32((1 << (bits - 1)) - 1)
+    level = xp.where(level >= low, level, low)  # also where level is NaN
+    level = xp.where(level <= high, level, high)
+    return (level.astype(np.int32) + (1 << (bits - 1))).astype(np.uint8)
+
+
+def pack_planes(codes: Any, bits: int) -> Any:
+    """Codes ``uint8[..., N, K]`` to planes ``uint32[..., bits, N, ceil(K / 32)]``.
+
+    Plane 0 holds the most significant bit, so the first p planes are the p-bit tensor.
+    Padding bits are 0.
+    """
+    xp = namespace(codes)
+    pad = words(codes.shape[-1]) * WORD_BITS - codes.shape[-1]
+    codes = xp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, pad)])
+    rows = [
+        xp.packbits((codes >> (bits - 1 - i)) & 1, axis=-1, bitorder="little") for i in range(bits)
+    ]
+    return _bytes_to_words(xp.stack(rows, axis=-3))
+
+
+def unpack_planes(planes: Any, k: int) -> Any:
+    """Planes ``uint32[..., bits, N, ceil(k / 32)]`` to codes ``uint8[..., N, k]``."""
+    xp = namespace(planes)
+    bits = planes.shape[-3]
+    unpacked = xp.unpackbits(_words_to_bytes(planes), axis=-1, bitorder="little")[..., :k]
+    codes = xp.zeros(unpacked.shape[:-3] + unpacked.shape[-2:], np.uint8)
+    for i in range(bits):
+        codes = (codes << 1) | unpacked[..., i, :, :]
+    return codes
+
+
+def _bytes_to_words(x: Any) -> Any:
+    shape = (*x.shape[:-1], x.shape[-1] // 4)
+    if isinstance(x, np.ndarray):
+        return np.ascontiguousarray(x).view("<u4").reshape(shape)
+    return jax.lax.bitcast_convert_type(x.reshape(*shape, 4), jnp.uint32)
+
+
+def _words_to_bytes(x: Any) -> Any:
+    shape = (*x.shape[:-1], x.shape[-1] * 4)
+    if isinstance(x, np.ndarray):
+        return np.ascontiguousarray(x).view(np.uint8).reshape(shape)
+    return jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(shape)

@@ -1,0 +1,190 @@
+"""The public operations: they check their arguments, flatten batch axes and bind a primitive."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from . import _native, primitive, reference
+from . import format as fmt
+from .choose import IMPLEMENTATIONS
+from .quantize import check_floats
+from .rotation import Rotation
+from .tensor import SCALE_DTYPES, QuantizedTensor, check_group_size, check_tensor
+
+
+def matmul(
+    x: Any,
+    w: QuantizedTensor,
+    *,
+    bias: Any = None,
+    act_bits: int | None = None,
+    act_scales: Literal["group", "token"] = "group",
+    out_dtype: Any = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """``x @ w + bias`` with packed weights, and activations quantized on line or left in float.
+
+    Differentiable with respect to x (straight-through over the activations' rounding), the scales
+    and offsets of `w`, and bias.
+
+    Args:
+      x: ``float[..., K]``; float32, bfloat16 or float16. A token with a NaN or an infinity gives
+        NaN (in the groups that hold it, with act_scales="group").
+      w: `QuantizedTensor` of shape ``(K, N)``; for stacked tensors use `jax.vmap`.
+      bias: ``float[N]`` or None.
+      act_bits: 1 to 8, or None for float activations. Scales are the largest magnitude over
+        ``2**act_bits - 1``.
+      act_scales: "group" gives each token one activation scale for each weight group, "token" one
+        for all of K (faster; accurate only for rotated or well-behaved activations).
+      out_dtype: float32, bfloat16 or float16; that of `x` by default. Sums are kept in float32.
+      implementation: None for the best available; "xla", "cpu", or a kernel family of the CPU
+        backend, "cpu_planes" or "cpu_codes". All give the same integers.
+
+    Returns:
+      ``[..., N]`` in `out_dtype`.
+
+    Raises:
+      TypeError, ValueError: an argument of a wrong type, dtype or shape.
+      Unavailable: the named implementation can't run here; the message says why.
+    """
+    check_tensor(w, "w")
+    _check_two_axes(w)
+    x = check_floats(x, "x", min_ndim=1)
+    k, n = w.shape
+    _check_last_axis("x", x.shape, k)
+    if act_bits is not None:
+        act_bits = fmt.check_bits(act_bits, "act_bits")
+    if act_scales not in ("group", "token"):
+        raise ValueError(f'act_scales must be "group" or "token", got {act_scales!r}')
+    if bias is not None:
+        bias = check_floats(bias, "bias")
+        if bias.shape != (n,):
+            raise ValueError(f"bias must have shape ({n},), got {bias.shape}")
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    if out_dtype.name not in SCALE_DTYPES:
+        raise TypeError(f"out_dtype must be one of {SCALE_DTYPES}, got {out_dtype}")
+    y = primitive.matmul(
+        _flatten(x),
+        w.planes,
+        w.scales,
+        w.offsets,
+        bias,
+        act_bits=act_bits,
+        act_group_size=w.group_size if act_scales == "group" else k,
+        group_size=w.group_size,
+        rotation=w.rotation,
+        out_dtype=out_dtype,
+        implementation=check_implementation(implementation, act_bits),
+    )
+    return y.reshape(*x.shape[:-1], n)
+
+
+def quantize_activations(
+    x: Any,
+    bits: int,
+    *,
+    group_size: int | None = None,
+    rotation: Rotation | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What `matmul` does to its activations: rotate, take absmax scales, round to codes.
+
+    Args:
+      x: ``float[..., K]``; float32, bfloat16 or float16.
+      bits: 1 to 8.
+      group_size: values along K that share a scale, or None for one scale for each token.
+      rotation: applied first, or None.
+      implementation: None, "xla" or "cpu".
+
+    Returns:
+      codes ``uint8[..., K]`` and scales ``float32[..., groups]``:
+      ``x ~ scales * (2 codes - (2**bits - 1))``.
+    """
+    bits = fmt.check_bits(bits)
+    x = check_floats(x, "x", min_ndim=1)
+    k = x.shape[-1]
+    group_size = check_group_size(group_size, k)
+    if rotation is not None:
+        rotation.check(k)
+    codes, scales = primitive.quantize_activations(
+        _flatten(x),
+        bits=bits,
+        group_size=group_size,
+        rotation=rotation,
+        implementation=check_implementation(implementation, bits),
+    )
+    batch = x.shape[:-1]
+    return codes.reshape(*batch, k), scales.reshape(*batch, -1 if scales.size else scales.shape[-1])
+
+
+def int_matmul(
+    codes: Any, w: QuantizedTensor, act_bits: int, *, implementation: str | None = None
+) -> jax.Array:
+    """The integer core of `matmul`: ``sum_k q_x q_w`` over each group of `w`.
+
+    Args:
+      codes: ``uint8[..., K]``, each below ``2**act_bits``; higher bits are undefined.
+      w: `QuantizedTensor` of shape ``(K, N)``; its scales and offsets play no part.
+      act_bits: 1 to 8.
+      implementation: as for `matmul`.
+
+    Returns:
+      ``int32[..., N, groups]``, exact.
+
+    Raises:
+      ValueError: also where a group is so long that the sum may not fit int32.
+    """
+    check_tensor(w, "w")
+    _check_two_axes(w)
+    act_bits = fmt.check_bits(act_bits, "act_bits")
+    if not hasattr(codes, "dtype") or codes.dtype != jnp.uint8 or codes.ndim < 1:
+        raise TypeError(f"codes must be a uint8 array, got {getattr(codes, 'dtype', type(codes))}")
+    k, n = w.shape
+    _check_last_axis("codes", codes.shape, k)
+    if not reference.fits_int32(w.group_size, act_bits, w.bits):
+        raise ValueError(
+            f"group_size {w.group_size} is too long for int32 at {act_bits} x {w.bits} bits"
+        )
+    out = primitive.int_matmul(
+        _flatten(jnp.asarray(codes)),
+        w.planes,
+        act_bits=act_bits,
+        group_size=w.group_size,
+        implementation=check_implementation(implementation, act_bits),
+    )
+    return out.reshape(*codes.shape[:-1], n, w.groups)
+
+
+def check_implementation(implementation: Any, act_bits: int | None) -> str | None:
+    """`implementation` if it exists and can run, else ValueError or `Unavailable`."""
+    if implementation is None or implementation == "xla":
+        return implementation
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}"
+        )
+    if implementation == "cuda":
+        raise _native.Unavailable(f"implementation='cuda': {_native.status()['cuda']['reason']}")
+    if implementation in ("cpu_planes", "cpu_codes") and act_bits is None:
+        raise ValueError(f"implementation={implementation!r} needs act_bits; use 'cpu' for floats")
+    _native.cpu().require(implementation)
+    return implementation
+
+
+def _check_two_axes(w: QuantizedTensor) -> None:
+    if len(w.shape) != 2:
+        raise ValueError(f"w must have shape (K, N), got {w.shape}; use jax.vmap for stacked ones")
+
+
+def _check_last_axis(name: str, shape: tuple[int, ...], k: int) -> None:
+    if shape[-1] != k:
+        raise ValueError(f"{name} must have {k} values in its last axis as w has, got {shape}")
+
+
+def _flatten(x: jax.Array) -> jax.Array:
+    """``[..., K]`` to ``[M, K]``, also where an axis has size 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -1,0 +1,189 @@
+"""`QuantizedTensor`: packed bit planes with their scales, a pytree with invariants."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import format as fmt
+from .rotation import Rotation
+
+SCALE_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedTensor:
+    """A matrix ``[..., K, N]`` in bipolar-INT bit planes; contraction runs over K.
+
+    With code ``u`` and odd integer ``q = 2 u - (2**bits - 1)``, an element of group ``g`` is
+    ``scales[n, g] * q``, or with offsets ``2 * scales[n, g] * u + offsets[n, g]`` (the offset is
+    the value of code 0, as the minimum in GGUF files, so those import without rounding).
+    Leading axes stand for stacked layers or experts; map over them with `jax.vmap` or scan.
+
+    Args:
+      planes: ``uint32[..., bits, N, ceil(K / 32)]``, most significant plane first; padding bits 0.
+      scales: ``float32 | float16 | bfloat16 [..., N, groups]``, not negative.
+      offsets: like `scales`, or None for a symmetric tensor.
+      k: the contraction size K.
+      group_size: values along K that share a scale; K itself for one scale per output channel.
+      rotation: the `Rotation` that was applied to the rows along K, or None.
+    """
+
+    planes: Any
+    scales: Any
+    offsets: Any
+    k: int = dataclasses.field(metadata={"static": True})
+    group_size: int = dataclasses.field(metadata={"static": True})
+    rotation: Rotation | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def bits(self) -> int:
+        return self.planes.shape[-3]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(..., K, N)``, the shape of the matrix that this stands for."""
+        return (*self.planes.shape[:-3], self.k, self.planes.shape[-2])
+
+    @property
+    def groups(self) -> int:
+        return group_count(self.k, self.group_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of planes, scales and offsets together."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    def truncate(self, bits: int) -> QuantizedTensor:
+        """The same tensor at fewer bits: its first `bits` planes.
+
+        Scales grow by the power of two that was dropped, and an offset moves by half of what the
+        dropped planes could hold, so that each value rounds to the middle of its cell.
+        """
+        bits = fmt.check_bits(bits)
+        dropped = self.bits - bits
+        if dropped < 0:
+            raise ValueError(f"bits must be at most the tensor's {self.bits}, got {bits}")
+        if dropped == 0:
+            return self
+        scales = self.scales.astype(jnp.float32)
+        offsets = self.offsets
+        if offsets is not None:
+            offsets = offsets.astype(jnp.float32) + scales * (2**dropped - 1)
+        return dataclasses.replace(
+            self,
+            planes=self.planes[..., :bits, :, :],
+            scales=scales * 2**dropped,
+            offsets=offsets,
+        )
+
+    def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The matrix ``[..., K, N]`` that this tensor stands for, rotation undone."""
+        check_tensor(self, "self")
+        rows = dequantize_rows(self.planes, self.scales, self.offsets, self.k)
+        if self.rotation is not None:
+            rows = self.rotation.invert(rows)
+        return jnp.swapaxes(rows, -1, -2).astype(dtype)
+
+    @classmethod
+    def from_affine(cls, codes: Any, scale: Any, minimum: Any = None) -> QuantizedTensor:
+        """Import integer weights ``scale * u + minimum`` without loss.
+
+        Args:
+          codes: ``uint8[..., N, K]``, output features first as checkpoint files store them,
+            each in ``0..2**bits - 1`` for the smallest fitting `bits`; see `from_codes` to fix it.
+          scale: ``float[..., N, groups]``, the distance between neighbouring codes.
+          minimum: like `scale`, the value of code 0; None centres the grid on zero.
+        """
+        bits = max(int(np.max(codes, initial=0)).bit_length(), 1)
+        half = scale * np.asarray(0.5, scale.dtype)
+        return cls.from_codes(codes, half, minimum, bits=bits)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Any,
+        scales: Any,
+        offsets: Any = None,
+        *,
+        bits: int,
+        rotation: Rotation | None = None,
+    ) -> QuantizedTensor:
+        """Pack codes ``uint8[..., N, K]`` with scales and offsets ``float[..., N, groups]``."""
+        bits = fmt.check_bits(bits)
+        k, groups = codes.shape[-1], scales.shape[-1]
+        if groups == 0 or (k and k % groups):
+            raise ValueError(f"scales have {groups} groups, which do not divide k = {k}")
+        planes = fmt.pack_planes(codes, bits)
+        tensor = cls(planes, scales, offsets, k, k // groups, rotation)
+        check_tensor(tensor, "codes")
+        return tensor
+
+
+def check_group_size(group_size: Any, k: int) -> int:
+    """`group_size` as an int that fits `k` (None means `k`), or an error that says what does."""
+    if group_size is None or (type(group_size) is int and group_size == k):
+        return k
+    if isinstance(group_size, bool) or not isinstance(group_size, int | np.integer):
+        raise TypeError(f"group_size must be an int or None, got {group_size!r}")
+    group_size = int(group_size)
+    if group_size <= 0 or group_size % fmt.WORD_BITS or k % group_size:
+        fits = [g for g in range(fmt.WORD_BITS, min(k, 1025), fmt.WORD_BITS) if k % g == 0]
+        raise ValueError(
+            f"group_size must be a multiple of {fmt.WORD_BITS} that divides k = {k}, "
+            f"or None for one group; got {group_size}; these fit: {fits or 'none'}"
+        )
+    return group_size
+
+
+def group_count(k: int, group_size: int) -> int:
+    return k // group_size if group_size else 1
+
+
+def check_tensor(w: QuantizedTensor, name: str) -> None:
+    """Raise TypeError or ValueError unless the fields of `w` fit together."""
+    if not isinstance(w, QuantizedTensor):
+        raise TypeError(f"{name} must be a QuantizedTensor (see quantize), got {type(w).__name__}")
+    if w.planes.dtype != jnp.uint32 or w.planes.ndim < 3:
+        raise TypeError(
+            f"{name}.planes must be uint32[..., bits, N, words], "
+            f"got {w.planes.dtype}{list(w.planes.shape)}"
+        )
+    fmt.check_bits(w.bits, f"{name}.bits")
+    check_group_size(w.group_size, w.k)
+    if w.planes.shape[-1] != fmt.words(w.k):
+        raise ValueError(
+            f"{name}.planes must have {fmt.words(w.k)} words for k = {w.k}, "
+            f"got {w.planes.shape[-1]}"
+        )
+    expected = (*w.planes.shape[:-3], w.planes.shape[-2], w.groups)
+    for field in ("scales", "offsets"):
+        value = getattr(w, field)
+        if value is None and field == "offsets":
+            continue
+        if value.dtype.name not in SCALE_DTYPES:
+            raise TypeError(f"{name}.{field} must be one of {SCALE_DTYPES}, got {value.dtype}")
+        if value.shape != expected:
+            raise ValueError(f"{name}.{field} must have shape {expected}, got {value.shape}")
+    if w.rotation is not None:
+        w.rotation.check(w.k)
+
+
+def dequantize_rows(planes: Any, scales: Any, offsets: Any, k: int) -> jax.Array:
+    """Rows ``float32[..., N, k]`` of planes, scales and offsets, still rotated."""
+    bits = planes.shape[-3]
+    codes = fmt.unpack_planes(planes, k)
+    groups = scales.shape[-1]
+    grouped = codes.reshape(*codes.shape[:-1], groups, k // groups)
+    scales = scales.astype(jnp.float32)[..., None]
+    if offsets is None:
+        rows = scales * fmt.codes_to_ints(grouped, bits).astype(jnp.float32)
+    else:
+        levels = (2 * grouped.astype(jnp.int32)).astype(jnp.float32)
+        rows = scales * levels + offsets.astype(jnp.float32)[..., None]
+    return rows.reshape(codes.shape)

@@ -1,0 +1,20 @@
+"""Flax transformers and their weight maps, on the layers of jax_anyprec."""
+
+from .generate import generate
+from .llama import Cache, Llama, LlamaConfig
+from .llama_gguf import LoadedModel, WeightBytes, load_gguf, weight_bytes
+from .quantization import Quantization
+from .tokenizer import Tokenizer
+
+__all__ = [
+    "Cache",
+    "Llama",
+    "LlamaConfig",
+    "LoadedModel",
+    "Quantization",
+    "Tokenizer",
+    "WeightBytes",
+    "generate",
+    "load_gguf",
+    "weight_bytes",
+]
