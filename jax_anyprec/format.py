@@ -100,21 +100,18 @@ def pack_planes(codes: Any, bits: int) -> Any:
     xp = namespace(codes)
     pad = words(codes.shape[-1]) * WORD_BITS - codes.shape[-1]
     codes = xp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, pad)])
-    rows = [
-        xp.packbits((codes >> (bits - 1 - i)) & 1, axis=-1, bitorder="little") for i in range(bits)
-    ]
-    return _bytes_to_words(xp.stack(rows, axis=-3))
+    planes = xp.stack([(codes >> (bits - 1 - i)) & 1 for i in range(bits)], axis=-3)
+    octets = planes.reshape(*planes.shape[:-1], planes.shape[-1] // 8, 8)
+    return _bytes_to_words((octets << np.arange(8, dtype=np.uint8)).sum(-1, dtype=np.uint8))
 
 
 def unpack_planes(planes: Any, k: int) -> Any:
     """Planes ``uint32[..., bits, N, ceil(k / 32)]`` to codes ``uint8[..., N, k]``."""
-    xp = namespace(planes)
     bits = planes.shape[-3]
-    unpacked = xp.unpackbits(_words_to_bytes(planes), axis=-1, bitorder="little")[..., :k]
-    codes = xp.zeros(unpacked.shape[:-3] + unpacked.shape[-2:], np.uint8)
-    for i in range(bits):
-        codes = (codes << 1) | unpacked[..., i, :, :]
-    return codes
+    octets = (_words_to_bytes(planes)[..., None] >> np.arange(8, dtype=np.uint8)) & np.uint8(1)
+    unpacked = octets.reshape(*planes.shape[:-1], planes.shape[-1] * WORD_BITS)[..., :k]
+    weights = np.left_shift(1, np.arange(bits - 1, -1, -1)).astype(np.uint8)
+    return (unpacked * weights[:, None, None]).sum(-3, dtype=np.uint8)
 
 
 def _bytes_to_words(x: Any) -> Any:

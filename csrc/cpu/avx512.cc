@@ -1,0 +1,95 @@
+// The kernels with AVX-512 F, BW, DQ, VL, VBMI, VNNI and VPOPCNTDQ (Ice Lake, Zen 4 and newer).
+// portable.cc says what each operation of Isa means.
+#include "kernels.h"
+
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+
+#include <cstring>
+
+namespace anyprec::cpu {
+namespace {
+
+struct Isa {
+  static constexpr const char* kName = "avx512";
+  static constexpr int kLanes = 16;
+  static constexpr int kRows = 8;
+  using V = __m512i;
+  using F = __m512;
+
+  static V zero() { return _mm512_setzero_si512(); }
+  static V broadcast(int32_t x) { return _mm512_set1_epi32(x); }
+  static V add(V a, V b) { return _mm512_add_epi32(a, b); }
+  static V mul(V a, V b) { return _mm512_mullo_epi32(a, b); }
+  static V shl(V a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+  static V bit_and(V a, V b) { return _mm512_and_si512(a, b); }
+  static void store_ints(int32_t* p, V a) { _mm512_storeu_si512(p, a); }
+  static V popcount(V a) { return _mm512_popcnt_epi32(a); }
+  static V dot4(V acc, V w, int32_t x) { return _mm512_dpbusd_epi32(acc, w, broadcast(x)); }
+
+  // vpmultishiftqb brings bit 4 * quad + b of each 32-bit lane to the low bit of its byte b.
+  static V append_bits(V codes, V word, int quad) {
+    V offsets = _mm512_set1_epi64(0x2322212003020100LL + 0x0404040404040404LL * quad);
+    V spread = _mm512_multishift_epi64_epi8(offsets, word);
+    // (a | (b & c)): keep the doubled code, add the low bit.
+    return _mm512_ternarylogic_epi64(_mm512_add_epi8(codes, codes), spread, _mm512_set1_epi8(1),
+                                     0xf8);
+  }
+
+  // Rows i, i + 4, i + 8 and i + 12 share a register, so 4 x 4 transposes inside 128 bits put
+  // rows in order.
+  static void load_words(const uint32_t* p, int64_t stride, int rows, int words, V* out) {
+    for (int half = 0; half < 2 && half * 4 < words; ++half) {
+      __mmask8 live = static_cast<__mmask8>((1u << (words - half * 4 < 4 ? words - half * 4 : 4)) - 1);
+      V r[4];
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t* row = p + i * stride + half * 4;
+        r[i] = _mm512_castsi128_si512(load4(row, i < rows ? live : 0));
+        r[i] = _mm512_inserti32x4(r[i], load4(row + 4 * stride, i + 4 < rows ? live : 0), 1);
+        r[i] = _mm512_inserti32x4(r[i], load4(row + 8 * stride, i + 8 < rows ? live : 0), 2);
+        r[i] = _mm512_inserti32x4(r[i], load4(row + 12 * stride, i + 12 < rows ? live : 0), 3);
+      }
+      V a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+      V c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+      out[half * 4 + 0] = _mm512_unpacklo_epi64(a, c);
+      out[half * 4 + 1] = _mm512_unpackhi_epi64(a, c);
+      out[half * 4 + 2] = _mm512_unpacklo_epi64(b, d);
+      out[half * 4 + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+  }
+
+  static __m128i load4(const uint32_t* p, __mmask8 live) { return _mm_maskz_loadu_epi32(live, p); }
+
+  static uint32_t pack_word(const uint8_t* codes, int bit) {
+    __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    return _mm256_movepi8_mask(_mm256_sll_epi16(v, _mm_cvtsi32_si128(7 - bit)));
+  }
+
+  static F fzero() { return _mm512_setzero_ps(); }
+  static F fbroadcast(float x) { return _mm512_set1_ps(x); }
+  static F fadd(F a, F b) { return _mm512_add_ps(a, b); }
+  static F fmul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static F to_float(V a) { return _mm512_cvtepi32_ps(a); }
+  static F byte_to_float(V a, int b) {
+    V byte = _mm512_and_si512(_mm512_srl_epi32(a, _mm_cvtsi32_si128(8 * b)), broadcast(0xff));
+    return to_float(byte);
+  }
+};
+
+}  // namespace
+}  // namespace anyprec::cpu
+
+#include "kernels.inl"
+
+namespace anyprec::cpu {
+const Kernels* avx512_kernels() { return &kKernels; }
+}  // namespace anyprec::cpu
+
+#else
+namespace anyprec::cpu {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace anyprec::cpu
+#endif

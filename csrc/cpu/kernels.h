@@ -1,0 +1,108 @@
+// What a CPU kernel is given and what it computes: plain C++, no XLA, no Python.
+#pragma once
+
+#include <cstdint>
+
+#include "../format.h"
+
+namespace anyprec::cpu {
+
+enum class DType : int { kF32, kF16, kBF16 };
+enum class Method : int { kFloat, kCodes, kPlanes };
+
+// Integer sums of a segment convert to float32 exactly: 256 * 255 * 255 < 2^24.
+constexpr int kPanelWords = 8;
+constexpr int kPanelK = kPanelWords * kWordBits;
+
+// Rows of activations that one call of a product handles; bounds its stack.
+constexpr int kMaxRows = 128;
+
+// A stretch of K inside one weight group, at most one panel long. Products are exact integers
+// over a segment; scales, offsets and segments are summed in float32.
+struct Segment {
+  int32_t word;    // first word
+  int32_t words;   // number of words
+  int32_t k;       // values, the last word may be partial
+  int32_t group;   // weight group
+};
+
+// Where the quantized activations of a row lie in its part of the workspace.
+//   payload  kFloat: float[words * 32]; kCodes: int8[words * 32], the code, at 8 bits minus 128;
+//            kPlanes: uint32[act_bits][words]
+//   sums     one for each segment: int32 sum of codes, or float sum of values
+//   scales   float[act_groups], absent for kFloat
+struct RowLayout {
+  int64_t sums, scales, bytes;
+};
+
+struct Activations {
+  const void* x;  // [m][k] of dtype
+  DType dtype;
+  int64_t m, k;
+  int bits;                // 0: stay float
+  int64_t group_size;      // values that share an activation scale
+  int64_t block;           // Hadamard block, 0 for no rotation
+  const uint32_t* signs;   // [words(k)], a set bit is -1
+};
+
+struct Matrix {
+  const uint32_t* planes;  // [bits][n][words(k)]
+  int bits;
+  int64_t n;
+  const void* scales;      // [n][groups]
+  const void* offsets;     // [n][groups] or null
+  DType scale_dtype, offset_dtype;
+  int64_t groups;
+};
+
+struct Product {
+  Activations act;
+  Matrix w;
+  Method method;
+  const Segment* segments;
+  int64_t segment_count;
+  RowLayout row;
+  uint8_t* workspace;      // [m][row.bytes]
+  const void* bias;        // [n] or null
+  DType bias_dtype;
+  void* out;               // [m][n] of out_dtype, or int32[m][n][groups] for int_matmul
+  DType out_dtype;
+};
+
+// Room for a row of floats and its codes.
+constexpr int64_t scratch_floats(int64_t k) { return words(k) * kWordBits * 5 / 4; }
+
+// One instruction set. All functions are reentrant and touch only what they are given.
+struct Kernels {
+  const char* name;
+  int lanes;  // output columns of one tile
+
+  // Quantizes (or converts) row `m` of p.act into its part of the workspace.
+  // `scratch` holds scratch_floats(k) floats.
+  void (*prologue)(const Product& p, int64_t m, float* scratch);
+
+  // Lays out given codes uint8[k] as the prologue would.
+  void (*prologue_codes)(const Product& p, int64_t m, const uint8_t* codes);
+
+  // Codes uint8[k] and scales float[groups] of row `m`, for the public quantizer.
+  void (*quantize)(const Activations& a, int64_t m, float* scratch, uint8_t* codes, float* scales);
+
+  // Output columns tile * lanes .. and rows m0 .. m1, at most kMaxRows of them.
+  void (*product)(const Product& p, int64_t tile, int64_t m0, int64_t m1);
+
+  // Adds exact sums of q_x q_w for each group to the same columns and rows of p.out.
+  void (*int_product)(const Product& p, int64_t tile, int64_t m0, int64_t m1);
+};
+
+// Null where the compiler could not build them.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+RowLayout row_layout(int64_t k, int64_t segments, int64_t act_groups, int act_bits, Method method);
+
+// Number of segments for K in groups, and the segments themselves.
+int64_t segment_count(int64_t k, int64_t group_size);
+void make_segments(int64_t k, int64_t group_size, Segment* out);
+
+}  // namespace anyprec::cpu

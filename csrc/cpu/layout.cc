@@ -1,0 +1,46 @@
+// Segments of K and the layout of a workspace row: the bookkeeping shared by all kernels.
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace anyprec::cpu {
+namespace {
+
+int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+template <typename F>
+void for_each_segment(int64_t k, int64_t group_size, F&& emit) {
+  for (int64_t begin = 0, group = 0; begin < k; begin += group_size, ++group) {
+    for (int64_t at = begin; at < begin + group_size; at += kPanelK) {
+      int64_t size = std::min<int64_t>(kPanelK, begin + group_size - at);
+      emit(Segment{static_cast<int32_t>(at / kWordBits), static_cast<int32_t>(words(size)),
+                   static_cast<int32_t>(size), static_cast<int32_t>(group)});
+    }
+  }
+}
+
+}  // namespace
+
+int64_t segment_count(int64_t k, int64_t group_size) {
+  int64_t count = 0;
+  for_each_segment(k, group_size, [&](const Segment&) { ++count; });
+  return count;
+}
+
+void make_segments(int64_t k, int64_t group_size, Segment* out) {
+  for_each_segment(k, group_size, [&](const Segment& s) { *out++ = s; });
+}
+
+RowLayout row_layout(int64_t k, int64_t segments, int64_t act_groups, int act_bits,
+                     Method method) {
+  int64_t value_bytes = method == Method::kFloat ? 4 : 1;
+  int64_t payload = method == Method::kPlanes ? words(k) * 4 * act_bits
+                                              : words(k) * kWordBits * value_bytes;
+  RowLayout row;
+  row.sums = align64(payload);
+  row.scales = row.sums + align64(segments * 4);
+  row.bytes = row.scales + (method == Method::kFloat ? 0 : align64(act_groups * 4));
+  return row;
+}
+
+}  // namespace anyprec::cpu

@@ -1,0 +1,287 @@
+// XLA custom calls of the CPU backend: check the buffers, then run the kernels on XLA's threads.
+#include "cpu_handlers.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "../cpu/dispatch.h"
+#include "../cpu/parallel.h"
+
+namespace anyprec::cpu {
+
+namespace ffi = xla::ffi;
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose_kernels(std::getenv("JAX_ANYPREC_ISA"));
+  return chosen;
+}
+
+Method parse_method(std::string_view name) {
+  if (name == "float") return Method::kFloat;
+  if (name == "codes") return Method::kCodes;
+  if (name == "planes") return Method::kPlanes;
+  throw std::invalid_argument("method must be float, codes or planes, got " + std::string(name));
+}
+
+namespace {
+
+// One task should outlast the cost of handing it to another thread by far.
+constexpr int64_t kTaskProducts = 1 << 18;
+constexpr int64_t kTaskValues = 1 << 14;
+
+struct Bad {
+  std::string message;
+};
+
+void require(bool ok, const char* what) {
+  if (!ok) throw Bad{std::string("jax_anyprec: ") + what};
+}
+
+DType float_type(ffi::DataType t) {
+  switch (t) {
+    case ffi::DataType::F32: return DType::kF32;
+    case ffi::DataType::F16: return DType::kF16;
+    case ffi::DataType::BF16: return DType::kBF16;
+    default: throw Bad{"jax_anyprec: expected float32, float16 or bfloat16"};
+  }
+}
+
+bool has_shape(const ffi::AnyBuffer& b, std::initializer_list<int64_t> dims) {
+  auto have = b.dimensions();
+  return have.size() == dims.size() && std::equal(have.begin(), have.end(), dims.begin());
+}
+
+template <typename F>
+ffi::Error guarded(F&& run) {
+  try {
+    run();
+    return ffi::Error::Success();
+  } catch (const Bad& bad) {
+    return ffi::Error::InvalidArgument(bad.message);
+  } catch (const std::exception& e) {
+    return ffi::Error::Internal(std::string("jax_anyprec: ") + e.what());
+  }
+}
+
+int64_t group_count(int64_t k, int64_t group_size) {
+  require(k == 0 || (group_size > 0 && k % group_size == 0), "group size must divide k");
+  return k == 0 ? 1 : k / group_size;
+}
+
+Activations read_activations(const ffi::AnyBuffer& x, int64_t bits, int64_t group_size,
+                             int64_t block, const ffi::AnyBuffer& signs) {
+  require(x.dimensions().size() == 2, "x must have two axes");
+  require(bits >= 0 && bits <= kMaxBits, "activation bits out of range");
+  int64_t k = x.dimensions()[1];
+  group_count(k, group_size);
+  require(block == 0 || (block > 0 && (block & (block - 1)) == 0 && k % block == 0),
+          "rotation block must be a power of two that divides k");
+  require(signs.element_type() == ffi::DataType::U32 && has_shape(signs, {block ? words(k) : 0}),
+          "rotation signs must be uint32[words]");
+  return {x.untyped_data(),     float_type(x.element_type()), x.dimensions()[0], k,
+          static_cast<int>(bits), group_size, block,
+          static_cast<const uint32_t*>(signs.untyped_data())};
+}
+
+Matrix read_planes(const ffi::AnyBuffer& planes, int64_t k) {
+  require(planes.element_type() == ffi::DataType::U32 && planes.dimensions().size() == 3,
+          "planes must be uint32 with three axes");
+  Matrix w{};
+  w.bits = static_cast<int>(planes.dimensions()[0]);
+  w.n = planes.dimensions()[1];
+  require(w.bits >= 1 && w.bits <= kMaxBits, "weight bits out of range");
+  require(planes.dimensions()[2] == words(k), "planes do not match k");
+  w.planes = static_cast<const uint32_t*>(planes.untyped_data());
+  return w;
+}
+
+// The workspace must have exactly the layout that workspace_row_bytes() told.
+void set_workspace(Product& p, std::vector<Segment>& segments, int64_t weight_group,
+                   ffi::AnyBuffer& workspace) {
+  int64_t k = p.act.k;
+  segments.resize(segment_count(k, weight_group));
+  make_segments(k, weight_group, segments.data());
+  p.segments = segments.data();
+  p.segment_count = static_cast<int64_t>(segments.size());
+  int64_t act_groups = group_count(k, p.act.group_size);
+  p.row = row_layout(k, p.segment_count, act_groups, p.act.bits, p.method);
+  require(has_shape(workspace, {p.act.m, p.row.bytes}), "workspace has a wrong shape");
+  p.workspace = static_cast<uint8_t*>(workspace.untyped_data());
+}
+
+template <typename Body>
+void parallel_rows(ffi::ThreadPool& pool, int64_t m, int64_t k, const Body& body) {
+  int64_t step = std::max<int64_t>(1, kTaskValues / std::max<int64_t>(1, k));
+  parallel_for((m + step - 1) / step, pool.num_threads(),
+               [&](auto fn) { pool.Schedule(std::move(fn)); },
+               [&](int64_t task) {
+                 auto scratch = std::make_unique<float[]>(scratch_floats(k));
+                 int64_t end = std::min(m, (task + 1) * step);
+                 for (int64_t i = task * step; i < end; ++i) body(i, scratch.get());
+               });
+}
+
+// run(tile, m0, m1) over all tiles of columns and blocks of rows.
+template <typename Run>
+void parallel_tiles(ffi::ThreadPool& pool, const Product& p, const Run& run) {
+  int64_t lanes = kernels().lanes;
+  int64_t tiles = (p.w.n + lanes - 1) / lanes;
+  int64_t row_blocks = (p.act.m + kMaxRows - 1) / kMaxRows;
+  int64_t products = lanes * std::min<int64_t>(p.act.m + 8, kMaxRows) * std::max<int64_t>(1, p.act.k);
+  int64_t step = std::max<int64_t>(1, kTaskProducts / products);
+  int64_t tile_tasks = (tiles + step - 1) / step;
+  parallel_for(tile_tasks * row_blocks, pool.num_threads(),
+               [&](auto fn) { pool.Schedule(std::move(fn)); },
+               [&](int64_t task) {
+                 int64_t m0 = task / tile_tasks * kMaxRows;
+                 int64_t m1 = std::min<int64_t>(p.act.m, m0 + kMaxRows);
+                 int64_t first = task % tile_tasks * step;
+                 for (int64_t t = first; t < std::min(tiles, first + step); ++t) run(t, m0, m1);
+               });
+}
+
+ffi::Error quantize(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer signs,
+                    ffi::Result<ffi::AnyBuffer> codes, ffi::Result<ffi::AnyBuffer> scales,
+                    int64_t act_bits, int64_t block) {
+  return guarded([&] {
+    require(scales->dimensions().size() == 2 && scales->dimensions()[1] > 0,
+            "scales must have at least one group");
+    require(x.dimensions().size() == 2, "x must have two axes");
+    int64_t groups = scales->dimensions()[1], k = x.dimensions()[1];
+    require(k % groups == 0, "scale groups must divide k");
+    Activations a = read_activations(x, act_bits, k / groups, block, signs);
+    require(a.bits > 0, "activation bits out of range");
+    require(codes->element_type() == ffi::DataType::U8 && has_shape(*codes, {a.m, a.k}) &&
+                scales->element_type() == ffi::DataType::F32 && has_shape(*scales, {a.m, groups}),
+            "results have a wrong type or shape");
+    auto* code_rows = static_cast<uint8_t*>(codes->untyped_data());
+    auto* scale_rows = static_cast<float*>(scales->untyped_data());
+    parallel_rows(pool, a.m, a.k, [&](int64_t m, float* scratch) {
+      kernels().quantize(a, m, scratch, code_rows + m * a.k, scale_rows + m * groups);
+    });
+  });
+}
+
+ffi::Error int_matmul(ffi::ThreadPool pool, ffi::AnyBuffer codes, ffi::AnyBuffer planes,
+                      ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
+                      int64_t act_bits, int64_t group_size, std::string_view method) {
+  return guarded([&] {
+    require(codes.element_type() == ffi::DataType::U8 && codes.dimensions().size() == 2,
+            "codes must be uint8 with two axes");
+    Product p{};
+    p.method = parse_method(method);
+    require(p.method != Method::kFloat && act_bits >= 1 && act_bits <= kMaxBits,
+            "integer products need 1 to 8 activation bits");
+    p.act.m = codes.dimensions()[0];
+    p.act.k = codes.dimensions()[1];
+    p.act.bits = static_cast<int>(act_bits);
+    p.act.group_size = group_size;
+    p.w = read_planes(planes, p.act.k);
+    p.w.groups = group_count(p.act.k, group_size);
+    require(out->element_type() == ffi::DataType::S32 &&
+                has_shape(*out, {p.act.m, p.w.n, p.w.groups}),
+            "result must be int32[M, N, groups]");
+    p.out = out->untyped_data();
+    std::vector<Segment> segments;
+    set_workspace(p, segments, group_size, *workspace);
+    std::memset(p.out, 0, out->size_bytes());
+    const auto* rows = static_cast<const uint8_t*>(codes.untyped_data());
+    uint8_t mask = static_cast<uint8_t>(max_level(p.act.bits));
+    parallel_rows(pool, p.act.m, p.act.k, [&](int64_t m, float* scratch) {
+      auto* padded = reinterpret_cast<uint8_t*>(scratch);
+      for (int64_t i = 0; i < p.act.k; ++i) padded[i] = rows[m * p.act.k + i] & mask;
+      std::memset(padded + p.act.k, 0, words(p.act.k) * kWordBits - p.act.k);
+      kernels().prologue_codes(p, m, padded);
+    });
+    parallel_tiles(pool, p, [&](int64_t t, int64_t m0, int64_t m1) {
+      kernels().int_product(p, t, m0, m1);
+    });
+  });
+}
+
+ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer planes,
+                  ffi::AnyBuffer scales, ffi::AnyBuffer offsets, ffi::AnyBuffer bias,
+                  ffi::AnyBuffer signs, ffi::Result<ffi::AnyBuffer> out,
+                  ffi::Result<ffi::AnyBuffer> workspace, int64_t act_bits, int64_t group_size,
+                  int64_t act_group_size, int64_t block, std::string_view method) {
+  return guarded([&] {
+    Product p{};
+    p.method = parse_method(method);
+    p.act = read_activations(x, act_bits, act_group_size, block, signs);
+    require((p.act.bits == 0) == (p.method == Method::kFloat), "method does not fit the bits");
+    require(act_group_size == group_size || act_group_size == p.act.k,
+            "activation groups must be the weights' or one a token");
+    p.w = read_planes(planes, p.act.k);
+    p.w.groups = group_count(p.act.k, group_size);
+    require(has_shape(scales, {p.w.n, p.w.groups}), "scales must be [N, groups]");
+    p.w.scales = scales.untyped_data();
+    p.w.scale_dtype = float_type(scales.element_type());
+    if (offsets.dimensions().size() == 2) {
+      require(has_shape(offsets, {p.w.n, p.w.groups}), "offsets must be [N, groups]");
+      p.w.offsets = offsets.untyped_data();
+      p.w.offset_dtype = float_type(offsets.element_type());
+    }
+    // An absent bias has no elements, and so has the bias of an empty result.
+    if (bias.element_count() > 0) {
+      require(has_shape(bias, {p.w.n}), "bias must be [N]");
+      p.bias = bias.untyped_data();
+      p.bias_dtype = float_type(bias.element_type());
+    }
+    require(has_shape(*out, {p.act.m, p.w.n}), "result must be [M, N]");
+    p.out = out->untyped_data();
+    p.out_dtype = float_type(out->element_type());
+    std::vector<Segment> segments;
+    set_workspace(p, segments, group_size, *workspace);
+    parallel_rows(pool, p.act.m, p.act.k,
+                  [&](int64_t m, float* scratch) { kernels().prologue(p, m, scratch); });
+    parallel_tiles(pool, p,
+                   [&](int64_t t, int64_t m0, int64_t m1) { kernels().product(p, t, m0, m1); });
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(QuantizeHandler, quantize,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("act_bits")
+                                  .Attr<int64_t>("block"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(IntMatmulHandler, int_matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("act_bits")
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<std::string_view>("method"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MatmulHandler, matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("act_bits")
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<int64_t>("act_group_size")
+                                  .Attr<int64_t>("block")
+                                  .Attr<std::string_view>("method"));
+
+}  // namespace anyprec::cpu
