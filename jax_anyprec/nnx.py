@@ -1,0 +1,223 @@
+"""Flax NNX layers with packed weights: `QuantLinear` and `QuantEmbed`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
+
+from . import ops
+from .quantize import quantize
+from .rotation import Rotation
+from .tensor import QuantizedTensor, check_tensor, dequantize_rows
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Packed(nnx.Variable):
+    """A `QuantizedTensor`. Not an `nnx.Param`, so gradients and optimizers leave it alone."""
+
+
+class QuantLinear(nnx.Module):
+    """`nnx.Linear` with a packed kernel and, if asked, activations quantized on line.
+
+    The arguments of `nnx.Linear` mean what they mean there, but `dot_general` is not one: the
+    quantized product is what this layer is for. New layers draw a kernel and quantize it; trained
+    ones come from `from_linear` or `from_tensor`.
+
+    Args:
+      weights: bits of the kernel, 1 to 8.
+      activations: bits of the activations, 1 to 8, or None to leave them in float.
+      group_size, scales, rotation: as for `jax_anyprec.quantize`.
+      act_scales, implementation: as for `jax_anyprec.matmul`.
+      dtype: the inputs' and the output's dtype (default: inferred from inputs and `param_dtype`).
+      precision: accepted for compatibility; sums are float32 over exact integers whatever it says.
+      preferred_element_type: the output's dtype (default: that of the promoted inputs).
+      kernel: packed weights ``(in_features, out_features)`` to use instead of drawing new ones.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        weights: int = 4,
+        activations: int | None = None,
+        group_size: int | None = None,
+        scales: Literal["mse", "absmax"] | jax.Array = "mse",
+        rotation: Rotation | None = None,
+        act_scales: Literal["group", "token"] = "group",
+        implementation: str | None = None,
+        use_bias: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = nnx.nn.linear.default_kernel_init,
+        bias_init: Initializer = nnx.nn.linear.default_bias_init,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None,
+        kernel: QuantizedTensor | None = None,
+        rngs: nnx.Rngs | None = None,
+        kernel_metadata: Mapping[str, Any] = NOTHING,
+        bias_metadata: Mapping[str, Any] = NOTHING,
+    ):
+        if kernel is None:
+            drawn = kernel_init(_key(rngs), (in_features, out_features), param_dtype)
+            kernel = quantize(
+                drawn, weights, group_size=group_size, scales=scales, rotation=rotation
+            )
+        check_tensor(kernel, "kernel")
+        if kernel.shape != (in_features, out_features):
+            raise ValueError(
+                f"kernel must have shape {(in_features, out_features)}, got {kernel.shape}"
+            )
+        self.kernel = Packed(kernel, **kernel_metadata)
+        self.bias: nnx.Param[jax.Array] | None
+        if use_bias:
+            drawn_bias = bias_init(_key(rngs), (out_features,), param_dtype)
+            self.bias = nnx.Param(drawn_bias, **bias_metadata)
+        else:
+            self.bias = nnx.data(None)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activations = activations
+        self.act_scales = act_scales
+        self.implementation = implementation
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.promote_dtype = promote_dtype
+        self.preferred_element_type = preferred_element_type
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        bias = None if self.bias is None else self.bias[...]
+        like_kernel = jnp.zeros((), self.param_dtype)  # takes the float kernel's part in promotion
+        inputs, _, bias = self.promote_dtype((inputs, like_kernel, bias), dtype=self.dtype)
+        y = ops.matmul(
+            inputs,
+            self.kernel.get_value(),
+            bias=bias,
+            act_bits=self.activations,
+            act_scales=self.act_scales,
+            out_dtype=self.preferred_element_type,
+            implementation=self.implementation,
+        )
+        return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+    @classmethod
+    def from_tensor(
+        cls, kernel: QuantizedTensor, *, bias: jax.Array | None = None, **options: Any
+    ) -> QuantLinear:
+        """A layer around packed weights ``(in_features, out_features)``.
+
+        Args:
+          kernel: the weights; `options` can't say otherwise.
+          bias: ``float[out_features]`` or None for a layer without bias.
+          options: `activations` and other arguments of the constructor.
+        """
+        check_tensor(kernel, "kernel")
+        keep = {"bias_init": lambda *_: bias, "rngs": nnx.Rngs(0)} if bias is not None else {}
+        return cls(
+            *kernel.shape, weights=kernel.bits, kernel=kernel, use_bias=bias is not None,
+            **keep, **options,
+        )  # fmt: skip
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nnx.Linear,
+        *,
+        weights: int,
+        group_size: int | None = None,
+        scales: Literal["mse", "absmax"] | jax.Array = "mse",
+        rotation: Rotation | None = None,
+        **options: Any,
+    ) -> QuantLinear:
+        """`linear` with its kernel quantized; bias, dtypes and promotion stay as they are."""
+        if not isinstance(linear, nnx.Linear):
+            raise TypeError(f"linear must be a flax.nnx.Linear, got {type(linear).__name__}")
+        kernel = quantize(
+            linear.kernel[...], weights, group_size=group_size, scales=scales, rotation=rotation
+        )
+        return cls.from_tensor(
+            kernel,
+            bias=None if linear.bias is None else linear.bias[...],
+            dtype=linear.dtype,
+            param_dtype=linear.param_dtype,
+            precision=linear.precision,
+            promote_dtype=linear.promote_dtype,
+            preferred_element_type=linear.preferred_element_type,
+            **options,
+        )
+
+
+class QuantEmbed(nnx.Module):
+    """`nnx.Embed` with a packed table, which may also serve as the output head.
+
+    Args:
+      embedding: `QuantizedTensor` of shape ``(features, num_embeddings)``.
+      activations, act_scales, implementation: for `attend`, as for `QuantLinear`.
+      dtype: dtype of the embeddings (default float32).
+    """
+
+    def __init__(
+        self,
+        embedding: QuantizedTensor,
+        *,
+        activations: int | None = None,
+        act_scales: Literal["group", "token"] = "group",
+        implementation: str | None = None,
+        dtype: Dtype | None = None,
+    ):
+        check_tensor(embedding, "embedding")
+        self.features, self.num_embeddings = embedding.shape
+        self.embedding = Packed(embedding)
+        self.activations = activations
+        self.act_scales = act_scales
+        self.implementation = implementation
+        self.dtype = dtype
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Token ids ``int[...]`` to embeddings ``[..., features]``; NaN for ids out of range."""
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ValueError(f"inputs must be integers, got {inputs.dtype}")
+        w = self.embedding.get_value()
+        ids = inputs.reshape(-1)
+        rows = dequantize_rows(
+            jnp.take(w.planes, ids, axis=1),
+            jnp.take(w.scales, ids, axis=0, fill_value=jnp.nan),
+            None if w.offsets is None else jnp.take(w.offsets, ids, axis=0),
+            w.k,
+        )
+        if w.rotation is not None:
+            rows = w.rotation.invert(rows)
+        return rows.reshape(*inputs.shape, self.features).astype(self.dtype or jnp.float32)
+
+    def attend(self, query: jax.Array) -> jax.Array:
+        """Scores of ``[..., features]`` against every embedding, ``[..., num_embeddings]``."""
+        return ops.matmul(
+            query,
+            self.embedding.get_value(),
+            act_bits=self.activations,
+            act_scales=self.act_scales,
+            implementation=self.implementation,
+        )
+
+    @classmethod
+    def from_tensor(cls, embedding: QuantizedTensor, **options: Any) -> QuantEmbed:
+        """A layer around a packed table ``(features, num_embeddings)``."""
+        return cls(embedding, **options)
+
+
+def _key(rngs: nnx.Rngs | None) -> jax.Array:
+    if rngs is None:
+        raise TypeError("rngs must be an nnx.Rngs for a layer that draws its own kernel or bias")
+    return rngs.params()
