@@ -96,6 +96,7 @@ struct Isa {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+  static F as_float(V a) { return _mm256_castsi256_ps(a); }
   static F to_float(V a) { return _mm256_cvtepi32_ps(a); }
   static F byte_to_float(V a, int b) {
     V byte = _mm256_and_si256(_mm256_srl_epi32(a, _mm_cvtsi32_si128(8 * b)),

@@ -40,14 +40,12 @@ struct Isa {
   // rows in order.
   static void load_words(const uint32_t* p, int64_t stride, int rows, int words, V* out) {
     for (int half = 0; half < 2 && half * 4 < words; ++half) {
-      __mmask8 live = static_cast<__mmask8>((1u << (words - half * 4 < 4 ? words - half * 4 : 4)) - 1);
+      int left = words - half * 4;
+      bool full = rows == kLanes && left >= 4;
       V r[4];
       for (int i = 0; i < 4; ++i) {
         const uint32_t* row = p + i * stride + half * 4;
-        r[i] = _mm512_castsi128_si512(load4(row, i < rows ? live : 0));
-        r[i] = _mm512_inserti32x4(r[i], load4(row + 4 * stride, i + 4 < rows ? live : 0), 1);
-        r[i] = _mm512_inserti32x4(r[i], load4(row + 8 * stride, i + 8 < rows ? live : 0), 2);
-        r[i] = _mm512_inserti32x4(r[i], load4(row + 12 * stride, i + 12 < rows ? live : 0), 3);
+        r[i] = full ? gather4<true>(row, stride, 4, 4) : gather4<false>(row, stride, rows - i, left);
       }
       V a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
       V c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
@@ -58,7 +56,21 @@ struct Isa {
     }
   }
 
-  static __m128i load4(const uint32_t* p, __mmask8 live) { return _mm_maskz_loadu_epi32(live, p); }
+  // Up to four words from each of rows 0, 4, 8 and 12 that exist.
+  template <bool Full>
+  static V gather4(const uint32_t* p, int64_t stride, int rows, int words) {
+    V v = _mm512_castsi128_si512(load4<Full>(p, rows > 0, words));
+    v = _mm512_inserti32x4(v, load4<Full>(p + 4 * stride, rows > 4, words), 1);
+    v = _mm512_inserti32x4(v, load4<Full>(p + 8 * stride, rows > 8, words), 2);
+    return _mm512_inserti32x4(v, load4<Full>(p + 12 * stride, rows > 12, words), 3);
+  }
+
+  template <bool Full>
+  static __m128i load4(const uint32_t* p, bool valid, int words) {
+    if (Full) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    int live = valid ? (words < 4 ? words : 4) : 0;
+    return _mm_maskz_loadu_epi32(static_cast<__mmask8>((1u << live) - 1), p);
+  }
 
   static uint32_t pack_word(const uint8_t* codes, int bit) {
     __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
@@ -72,6 +84,7 @@ struct Isa {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static F as_float(V a) { return _mm512_castsi512_ps(a); }
   static F to_float(V a) { return _mm512_cvtepi32_ps(a); }
   static F byte_to_float(V a, int b) {
     V byte = _mm512_and_si512(_mm512_srl_epi32(a, _mm_cvtsi32_si128(8 * b)), broadcast(0xff));

@@ -5,6 +5,9 @@
 
 #include <cstdint>
 #include <cstring>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #include "kernels.h"
 
@@ -36,6 +39,17 @@ inline void from_float(float x, BF16& out) {
   uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
   out.bits = static_cast<uint16_t>(nan ? (u >> 16) | 0x40u : rounded);
 }
+
+// Eight consecutive values to float32.
+template <typename T>
+inline void widen8(const T* x, float* out) {
+  for (int i = 0; i < 8; ++i) out[i] = to_float(x[i]);
+}
+#ifdef __F16C__
+inline void widen8(const F16* x, float* out) {
+  _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+}
+#endif
 
 // Calls f with a typed pointer for `dtype`.
 template <typename F>

@@ -191,7 +191,7 @@ void load_panel(const Product& p, int64_t n0, Panel& panel) {
     for (int end = t + panel.segments[s].words; t < end; ++t) {
       V word_sum = Isa::zero();
       for (int j = 0; j < W; ++j) {
-        word_sum = Isa::add(Isa::shl(word_sum, 1), Isa::popcount(panel.words[j][t]));
+        word_sum = Isa::add(Isa::add(word_sum, word_sum), Isa::popcount(panel.words[j][t]));
       }
       sum = Isa::add(sum, word_sum);
     }
@@ -199,11 +199,15 @@ void load_panel(const Product& p, int64_t n0, Panel& panel) {
   }
   if (p.method == Method::kPlanes) return;
   for (int t = 0; t < total; ++t) {
-    for (int quad = 0; quad < 8; ++quad) {
-      V codes = Isa::zero();
-      for (int j = 0; j < W; ++j) codes = Isa::append_bits(codes, panel.words[j][t], quad);
-      panel.quads[t * 8 + quad] = codes;
+    V codes[8];
+    for (V& c : codes) c = Isa::zero();
+    for (int j = 0; j < W; ++j) {
+      V word = panel.words[j][t];
+#pragma GCC unroll 8
+      for (int quad = 0; quad < 8; ++quad) codes[quad] = Isa::append_bits(codes[quad], word, quad);
     }
+#pragma GCC unroll 8
+    for (int quad = 0; quad < 8; ++quad) panel.quads[t * 8 + quad] = codes[quad];
   }
 }
 
@@ -220,15 +224,26 @@ void load_panel(const Product& p, int64_t n0, Panel& panel) {
   }
 }
 
-// Lane n gets element [n0 + n][group] of an [N][groups] array.
-inline F load_lanes(const void* data, DType dtype, int64_t groups, int64_t n0, int rows,
-                    int64_t group) {
-  alignas(64) float lanes[L] = {};
+// Scales or offsets of a panel: out[s] lane n is element [n0 + n][group of segment s].
+void load_group_values(const Product& p, const void* data, DType dtype, int64_t n0,
+                       const Panel& panel, F* out) {
+  alignas(64) float values[L][kPanelWords] = {};
+  int64_t first = panel.segments[0].group;
+  int rows = static_cast<int>(min64(L, p.w.n - n0));
+  // More than one segment in a panel means one segment a group: consecutive values of each row.
   with_dtype(dtype, data, [&](auto* x) {
-    x += n0 * groups + group;
-    for (int n = 0; n < rows; ++n) lanes[n] = to_float(x[n * groups]);
+    for (int n = 0; n < rows; ++n) {
+      auto* row = x + (n0 + n) * p.w.groups + first;
+      if (panel.count == kPanelWords) {
+        widen8(row, values[n]);
+      } else {
+        for (int s = 0; s < panel.count; ++s) values[n][s] = to_float(row[s]);
+      }
+    }
   });
-  return Isa::load(lanes);
+  V lanes[kPanelWords];
+  Isa::load_words(reinterpret_cast<const uint32_t*>(values), kPanelWords, rows, panel.count, lanes);
+  for (int s = 0; s < panel.count; ++s) out[s] = Isa::as_float(lanes[s]);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -238,18 +253,28 @@ inline F load_lanes(const void* data, DType dtype, int64_t groups, int64_t n0, i
 template <int R>
 inline void dot_codes(const Product& p, int64_t m, const Panel& panel, const Segment& seg,
                       V (&acc)[R]) {
+  constexpr int kChains = R < 4 ? 4 / R : 1;  // independent sums hide the product's latency
   const int8_t* x[R];
+  V sums[R][kChains];
   for (int r = 0; r < R; ++r) {
     x[r] = row_part<int8_t>(p, m + r, 0) + static_cast<int64_t>(seg.word) * kWordBits;
-    acc[r] = Isa::zero();
+    for (V& sum : sums[r]) sum = Isa::zero();
   }
   const V* quads = panel.quads + (seg.word - panel.segments[0].word) * 8;
-  for (int i = 0; i < seg.words * 8; ++i) {
-    for (int r = 0; r < R; ++r) {
-      int32_t four;
-      std::memcpy(&four, x[r] + 4 * i, 4);
-      acc[r] = Isa::dot4(acc[r], quads[i], four);
+  for (int t = 0; t < seg.words; ++t) {
+#pragma GCC unroll 8
+    for (int i = t * 8; i < t * 8 + 8; ++i) {
+      for (int r = 0; r < R; ++r) {
+        int32_t four;
+        std::memcpy(&four, x[r] + 4 * i, 4);
+        V& sum = sums[r][i % kChains];
+        sum = Isa::dot4(sum, quads[i], four);
+      }
     }
+  }
+  for (int r = 0; r < R; ++r) {
+    acc[r] = sums[r][0];
+    for (int c = 1; c < kChains; ++c) acc[r] = Isa::add(acc[r], sums[r][c]);
   }
 }
 
@@ -327,49 +352,54 @@ struct Tile {
 
 // y += s_x (s_w sum q_x q_w), with offsets y += s_x (s_w sum q_x 2 u_w + offset sum q_x).
 template <int R>
-void add_int_segment(const Product& p, int64_t m, int64_t m0, const Panel& panel, int s, F scale,
-                     F offset, Tile& tile) {
-  const Segment& seg = panel.segments[s];
-  V acc[R];
-  dot_ints<R>(p, m, panel, seg, acc);
-  int64_t index = &seg - p.segments;
-  V shared = shared_term(p, panel.sums[s]);
-  int64_t act_group = static_cast<int64_t>(seg.word) * kWordBits / p.act.group_size;
-  for (int r = 0; r < R; ++r) {
-    int32_t q_sum = level_sum(p, m + r, index);
-    V dot = Isa::add(Isa::shl(acc[r], 2), shared);
-    float act_scale = row_part<float>(p, m + r, p.row.scales)[act_group];
-    F y;
-    if (p.w.offsets == nullptr) {
-      dot = Isa::add(dot, Isa::broadcast(-max_level(p.w.bits) * q_sum));
-      y = Isa::fmul(scale, Isa::to_float(dot));
-    } else {
-      F centre = Isa::fmul(offset, Isa::fbroadcast(static_cast<float>(q_sum)));
-      y = Isa::fma(scale, Isa::to_float(dot), centre);
+void add_int_panel(const Product& p, int64_t m, int64_t m0, const Panel& panel, const F* scales,
+                   const F* offsets, Tile& tile) {
+  F y[R];
+  for (int r = 0; r < R; ++r) y[r] = Isa::load(tile.y[m + r - m0]);
+  for (int s = 0; s < panel.count; ++s) {
+    const Segment& seg = panel.segments[s];
+    V acc[R];
+    dot_ints<R>(p, m, panel, seg, acc);
+    V shared = shared_term(p, panel.sums[s]);
+    int64_t act_group = static_cast<int64_t>(seg.word) * kWordBits / p.act.group_size;
+    for (int r = 0; r < R; ++r) {
+      int32_t q_sum = level_sum(p, m + r, &seg - p.segments);
+      F act_scale = Isa::fbroadcast(row_part<float>(p, m + r, p.row.scales)[act_group]);
+      V dot = Isa::add(Isa::shl(acc[r], 2), shared);
+      F sum;
+      if (p.w.offsets == nullptr) {
+        dot = Isa::add(dot, Isa::broadcast(-max_level(p.w.bits) * q_sum));
+        sum = Isa::fmul(scales[s], Isa::to_float(dot));
+      } else {
+        F centre = Isa::fmul(offsets[s], Isa::fbroadcast(static_cast<float>(q_sum)));
+        sum = Isa::fma(scales[s], Isa::to_float(dot), centre);
+      }
+      y[r] = Isa::fma(sum, act_scale, y[r]);
     }
-    float* out = tile.y[m + r - m0];
-    Isa::store(out, Isa::fma(y, Isa::fbroadcast(act_scale), Isa::load(out)));
   }
+  for (int r = 0; r < R; ++r) Isa::store(tile.y[m + r - m0], y[r]);
 }
 
 // y += s_w sum x q_w, with offsets y += s_w sum x 2 u_w + offset sum x.
 template <int R>
-void add_float_segment(const Product& p, int64_t m, int64_t m0, const Panel& panel, int s, F scale,
-                       F offset, Tile& tile) {
-  const Segment& seg = panel.segments[s];
-  F acc[R];
-  dot_floats<R>(p, m, panel, seg, acc);
-  F twice = Isa::fadd(scale, scale);
-  F per_sum = offset;
-  if (p.w.offsets == nullptr) {
-    per_sum = Isa::fmul(scale, Isa::fbroadcast(static_cast<float>(-max_level(p.w.bits))));
+void add_float_panel(const Product& p, int64_t m, int64_t m0, const Panel& panel, const F* scales,
+                     const F* offsets, Tile& tile) {
+  F minus_level = Isa::fbroadcast(static_cast<float>(-max_level(p.w.bits)));
+  F y[R];
+  for (int r = 0; r < R; ++r) y[r] = Isa::load(tile.y[m + r - m0]);
+  for (int s = 0; s < panel.count; ++s) {
+    const Segment& seg = panel.segments[s];
+    F acc[R];
+    dot_floats<R>(p, m, panel, seg, acc);
+    F twice = Isa::fadd(scales[s], scales[s]);
+    F per_sum = p.w.offsets == nullptr ? Isa::fmul(scales[s], minus_level) : offsets[s];
+    for (int r = 0; r < R; ++r) {
+      float sum = row_part<float>(p, m + r, p.row.sums)[&seg - p.segments];
+      y[r] = Isa::fma(per_sum, Isa::fbroadcast(sum), y[r]);
+      y[r] = Isa::fma(twice, acc[r], y[r]);
+    }
   }
-  for (int r = 0; r < R; ++r) {
-    float sum = row_part<float>(p, m + r, p.row.sums)[&seg - p.segments];
-    float* out = tile.y[m + r - m0];
-    F y = Isa::fma(per_sum, Isa::fbroadcast(sum), Isa::load(out));
-    Isa::store(out, Isa::fma(twice, acc[r], y));
-  }
+  for (int r = 0; r < R; ++r) Isa::store(tile.y[m + r - m0], y[r]);
 }
 
 template <int R>
@@ -405,7 +435,7 @@ void store_tile(const Product& p, int64_t n0, int64_t m0, int64_t m1, const Tile
 
 void product(const Product& p, int64_t tile_index, int64_t m0, int64_t m1) {
   int64_t n0 = tile_index * L;
-  int rows = static_cast<int>(min64(L, p.w.n - n0));
+  F scales[kPanelWords], offsets[kPanelWords];
   Tile tile;
   std::memset(&tile, 0, sizeof(float) * L * static_cast<size_t>(m1 - m0));
   Panel panel;
@@ -413,21 +443,17 @@ void product(const Product& p, int64_t tile_index, int64_t m0, int64_t m1) {
     panel.segments = p.segments + first;
     panel.count = panel_size(p, first);
     load_panel(p, n0, panel);
-    for (int s = 0; s < panel.count; ++s) {
-      int64_t group = panel.segments[s].group;
-      F scale = load_lanes(p.w.scales, p.w.scale_dtype, p.w.groups, n0, rows, group);
-      F offset = Isa::fzero();
-      if (p.w.offsets != nullptr) {
-        offset = load_lanes(p.w.offsets, p.w.offset_dtype, p.w.groups, n0, rows, group);
-      }
-      for_row_blocks(m0, m1, [&](int64_t m, auto r) {
-        if (p.method == Method::kFloat) {
-          add_float_segment<r.value>(p, m, m0, panel, s, scale, offset, tile);
-        } else {
-          add_int_segment<r.value>(p, m, m0, panel, s, scale, offset, tile);
-        }
-      });
+    load_group_values(p, p.w.scales, p.w.scale_dtype, n0, panel, scales);
+    if (p.w.offsets != nullptr) {
+      load_group_values(p, p.w.offsets, p.w.offset_dtype, n0, panel, offsets);
     }
+    for_row_blocks(m0, m1, [&](int64_t m, auto r) {
+      if (p.method == Method::kFloat) {
+        add_float_panel<r.value>(p, m, m0, panel, scales, offsets, tile);
+      } else {
+        add_int_panel<r.value>(p, m, m0, panel, scales, offsets, tile);
+      }
+    });
   }
   store_tile(p, n0, m0, m1, tile);
 }

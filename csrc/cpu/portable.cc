@@ -72,6 +72,7 @@ struct Isa {
     return a;
   }
   static void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
+  static F as_float(V a) { return (F)a; }
   static F to_float(V a) { return __builtin_convertvector(a, F); }
   static F byte_to_float(V a, int b) { return to_float((V)(((U)a >> (8 * b)) & 0xffu)); }
 };
