@@ -7,6 +7,8 @@
 
 #include <cstring>
 
+#include "expand.h"
+
 namespace anyprec::cpu {
 namespace {
 
@@ -58,6 +60,11 @@ struct Isa {
     V bit = _mm256_set1_epi32(quad % 2 ? static_cast<int>(0x80402010u) : 0x08040201);
     V is_set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
     return _mm256_sub_epi8(_mm256_add_epi8(codes, codes), is_set);
+  }
+
+  template <int W>
+  static void expand(const V (&planes)[W], V* quads) {
+    append_planes<Isa>(planes, quads);
   }
 
   // Rows i and i + 4 share a register, so 4 x 4 transposes inside 128 bits put rows in order.

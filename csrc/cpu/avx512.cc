@@ -1,4 +1,5 @@
-// The kernels with AVX-512 F, BW, DQ, VL, VBMI, VNNI and VPOPCNTDQ (Ice Lake, Zen 4 and newer).
+// The kernels with AVX-512 F, BW, DQ, VL, VBMI, VNNI, VPOPCNTDQ and GFNI (Ice Lake, Zen 4 and
+// newer).
 // portable.cc says what each operation of Isa means.
 #include "kernels.h"
 
@@ -6,6 +7,8 @@
 #include <immintrin.h>
 
 #include <cstring>
+
+#include "expand.h"
 
 namespace anyprec::cpu {
 namespace {
@@ -36,6 +39,69 @@ struct Isa {
                                      0xf8);
   }
 
+  // One or two planes are as fast bit by bit.
+  template <int W>
+  static void expand(const V (&planes)[W], V* quads) {
+    if constexpr (W <= 2) {
+      append_planes<Isa>(planes, quads);
+    } else {
+      transpose_bits<W>(planes, quads);
+    }
+  }
+
+  // The codes of a word from its planes: GFNI turns 8 x 8 bits, whose rows are the planes of eight
+  // indices, into eight codes.
+  template <int W>
+  static void transpose_bits(const V (&planes)[W], V* quads) {
+    // An affine product with the unit vectors reads bit m of the matrix rows, the first row as the
+    // most significant bit.
+    const V units = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201ULL));
+    auto plane = [&](int bit) { return bit < W ? planes[W - 1 - bit] : zero(); };
+    V low[4];  // row 4 L + i of lane L: a byte of each of four planes, for octets 0 .. 3
+    interleave4(plane(3), plane(2), plane(1), plane(0), low);
+    V a[4], b[4];
+    if constexpr (W <= 4) {
+      // Two octets share a matrix: codes of octets 0 and 2 in the high nibbles, 1 and 3 in the low.
+      const V nibble = _mm512_set1_epi8(15);
+      for (int i = 0; i < 4; ++i) {
+        V codes = _mm512_gf2p8affine_epi64_epi8(units, low[i], 0);
+        a[i] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
+        b[i] = _mm512_and_si512(codes, nibble);
+      }
+      transpose4(a, quads[0], quads[1], quads[4], quads[5]);
+      transpose4(b, quads[2], quads[3], quads[6], quads[7]);
+    } else {
+      V high[4];
+      interleave4(plane(7), plane(6), plane(5), plane(4), high);
+      for (int i = 0; i < 4; ++i) {
+        a[i] = _mm512_gf2p8affine_epi64_epi8(units, _mm512_unpacklo_epi32(high[i], low[i]), 0);
+        b[i] = _mm512_gf2p8affine_epi64_epi8(units, _mm512_unpackhi_epi32(high[i], low[i]), 0);
+      }
+      transpose4(a, quads[0], quads[1], quads[2], quads[3]);
+      transpose4(b, quads[4], quads[5], quads[6], quads[7]);
+    }
+  }
+
+  // Byte o of lane 4 L + i of a, b, c and d go to lane 4 L + o of out[i].
+  static void interleave4(V a, V b, V c, V d, V (&out)[4]) {
+    V ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d);
+    out[0] = _mm512_unpacklo_epi16(ab, cd);
+    out[1] = _mm512_unpackhi_epi16(ab, cd);
+    ab = _mm512_unpackhi_epi8(a, b), cd = _mm512_unpackhi_epi8(c, d);
+    out[2] = _mm512_unpacklo_epi16(ab, cd);
+    out[3] = _mm512_unpackhi_epi16(ab, cd);
+  }
+
+  // Transposes 4 x 4 lanes inside each 128 bits.
+  static void transpose4(const V (&r)[4], V& w, V& x, V& y, V& z) {
+    V a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+    V c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+    w = _mm512_unpacklo_epi64(a, c);
+    x = _mm512_unpackhi_epi64(a, c);
+    y = _mm512_unpacklo_epi64(b, d);
+    z = _mm512_unpackhi_epi64(b, d);
+  }
+
   // Rows i, i + 4, i + 8 and i + 12 share a register, so 4 x 4 transposes inside 128 bits put
   // rows in order.
   static void load_words(const uint32_t* p, int64_t stride, int rows, int words, V* out) {
@@ -47,12 +113,8 @@ struct Isa {
         const uint32_t* row = p + i * stride + half * 4;
         r[i] = full ? gather4<true>(row, stride, 4, 4) : gather4<false>(row, stride, rows - i, left);
       }
-      V a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
-      V c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
-      out[half * 4 + 0] = _mm512_unpacklo_epi64(a, c);
-      out[half * 4 + 1] = _mm512_unpackhi_epi64(a, c);
-      out[half * 4 + 2] = _mm512_unpacklo_epi64(b, d);
-      out[half * 4 + 3] = _mm512_unpackhi_epi64(b, d);
+      V* quarter = out + half * 4;
+      transpose4(r, quarter[0], quarter[1], quarter[2], quarter[3]);
     }
   }
 

@@ -199,15 +199,9 @@ void load_panel(const Product& p, int64_t n0, Panel& panel) {
   }
   if (p.method == Method::kPlanes) return;
   for (int t = 0; t < total; ++t) {
-    V codes[8];
-    for (V& c : codes) c = Isa::zero();
-    for (int j = 0; j < W; ++j) {
-      V word = panel.words[j][t];
-#pragma GCC unroll 8
-      for (int quad = 0; quad < 8; ++quad) codes[quad] = Isa::append_bits(codes[quad], word, quad);
-    }
-#pragma GCC unroll 8
-    for (int quad = 0; quad < 8; ++quad) panel.quads[t * 8 + quad] = codes[quad];
+    V planes[W];
+    for (int j = 0; j < W; ++j) planes[j] = panel.words[j][t];
+    Isa::expand<W>(planes, panel.quads + t * 8);
   }
 }
 
@@ -227,7 +221,7 @@ void load_panel(const Product& p, int64_t n0, Panel& panel) {
 // Scales or offsets of a panel: out[s] lane n is element [n0 + n][group of segment s].
 void load_group_values(const Product& p, const void* data, DType dtype, int64_t n0,
                        const Panel& panel, F* out) {
-  alignas(64) float values[L][kPanelWords] = {};
+  alignas(64) float values[L][kPanelWords];
   int64_t first = panel.segments[0].group;
   int rows = static_cast<int>(min64(L, p.w.n - n0));
   // More than one segment in a panel means one segment a group: consecutive values of each row.
@@ -436,6 +430,7 @@ void store_tile(const Product& p, int64_t n0, int64_t m0, int64_t m1, const Tile
 void product(const Product& p, int64_t tile_index, int64_t m0, int64_t m1) {
   int64_t n0 = tile_index * L;
   F scales[kPanelWords], offsets[kPanelWords];
+  int loaded_group = -1;
   Tile tile;
   std::memset(&tile, 0, sizeof(float) * L * static_cast<size_t>(m1 - m0));
   Panel panel;
@@ -443,8 +438,11 @@ void product(const Product& p, int64_t tile_index, int64_t m0, int64_t m1) {
     panel.segments = p.segments + first;
     panel.count = panel_size(p, first);
     load_panel(p, n0, panel);
-    load_group_values(p, p.w.scales, p.w.scale_dtype, n0, panel, scales);
-    if (p.w.offsets != nullptr) {
+    // A long group goes on over several panels, each one segment.
+    bool same_group = panel.count == 1 && panel.segments[0].group == loaded_group;
+    loaded_group = panel.segments[panel.count - 1].group;
+    if (!same_group) load_group_values(p, p.w.scales, p.w.scale_dtype, n0, panel, scales);
+    if (!same_group && p.w.offsets != nullptr) {
       load_group_values(p, p.w.offsets, p.w.offset_dtype, n0, panel, offsets);
     }
     for_row_blocks(m0, m1, [&](int64_t m, auto r) {

@@ -2,6 +2,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "expand.h"
+
 namespace anyprec::cpu {
 namespace {
 
@@ -43,6 +45,13 @@ struct Isa {
   static V append_bits(V codes, V word, int quad) {
     U nibble = ((U)word >> (4 * quad)) & 0xfu;
     return (V)(((U)codes << 1) | ((nibble * 0x00204081u) & 0x01010101u));
+  }
+
+  // Codes of a word from its planes, the most significant first: quads[i] gets indices
+  // 4 i .. 4 i + 3, a byte each.
+  template <int W>
+  static void expand(const V (&planes)[W], V* quads) {
+    append_planes<Isa>(planes, quads);
   }
 
   // out[t] lane n = word t of row n, for n < rows and t < words; other lanes are 0.
