@@ -98,7 +98,9 @@ def summarize(
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print("| setting | decoding speed over float32 (quartiles) | weights, MB | bits a linear weight |")
+    print(
+        "| setting | decoding speed over float32 (quartiles) | weights, MB | bits a linear weight |"
+    )
     print("| --- | --- | --- | --- |")
     for row in rows:
         low, high = row["quartiles"]

@@ -12,10 +12,11 @@ def main() -> None:
     try:
         from .cli import cli
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _NEEDED:
+        package = (error.name or "").partition(".")[0]
+        if package not in _NEEDED:
             raise
         print(
-            f'jax-anyprec needs the package {error.name}: pip install "jax-anyprec[demo]"',
+            f'jax-anyprec needs the package {package}: pip install "jax-anyprec[demo]"',
             file=sys.stderr,
         )
         sys.exit(1)

@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import pathlib
 import re
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -24,10 +23,10 @@ class Unavailable(RuntimeError):
 class Backend:
     """A compiled extension, or the reason why there is none."""
 
-    module: ModuleType | None
+    module: Any
     reason: str | None
 
-    def require(self, name: str) -> ModuleType:
+    def require(self, name: str) -> Any:
         """The extension, or `Unavailable` with the reason."""
         if self.module is None:
             raise Unavailable(f"implementation={name!r} is unavailable: {self.reason}")
@@ -41,7 +40,7 @@ def cpu() -> Backend:
 
 
 def status() -> dict[str, dict[str, Any]]:
-    """Each backend: whether it is available, the reason if not, and for the CPU its instruction set.
+    """Whether each backend is available, why not, and the instruction sets of the CPU's.
 
     Loads the extensions; initialises no device.
     """

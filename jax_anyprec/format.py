@@ -101,6 +101,8 @@ def pack_planes(codes: Any, bits: int) -> Any:
     pad = words(codes.shape[-1]) * WORD_BITS - codes.shape[-1]
     codes = xp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, pad)])
     planes = xp.stack([(codes >> (bits - 1 - i)) & 1 for i in range(bits)], axis=-3)
+    if isinstance(planes, np.ndarray):
+        return _bytes_to_words(np.packbits(planes, axis=-1, bitorder="little"))
     octets = planes.reshape(*planes.shape[:-1], planes.shape[-1] // 8, 8)
     return _bytes_to_words((octets << np.arange(8, dtype=np.uint8)).sum(-1, dtype=np.uint8))
 

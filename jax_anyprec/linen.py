@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
-from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
+from flax.typing import Dtype, Initializer, PrecisionLike
 
 from . import ops
 from .quantize import quantize
@@ -48,7 +49,7 @@ class QuantDense(nn.Module):
     precision: PrecisionLike = None
     kernel_init: Initializer = nn.linear.default_kernel_init
     bias_init: Initializer = nn.initializers.zeros_init()
-    promote_dtype: PromoteDtypeFn = promote_dtype
+    promote_dtype: Callable[..., Any] = promote_dtype
 
     def quantize_kernel(self, kernel: jax.Array) -> QuantizedTensor:
         """A float kernel ``[in, features]``, packed as this layer packs it."""

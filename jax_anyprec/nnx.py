@@ -13,6 +13,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 
 from . import ops
+from .format import check_bits
 from .quantize import quantize
 from .rotation import Rotation
 from .tensor import QuantizedTensor, check_tensor, dequantize_rows
@@ -39,7 +40,8 @@ class QuantLinear(nnx.Module):
       dtype: the inputs' and the output's dtype (default: inferred from inputs and `param_dtype`).
       precision: accepted for compatibility; sums are float32 over exact integers whatever it says.
       preferred_element_type: the output's dtype (default: that of the promoted inputs).
-      kernel: packed weights ``(in_features, out_features)`` to use instead of drawing new ones.
+      kernel, bias: packed weights ``(in_features, out_features)`` and ``float[out_features]`` to
+        use instead of drawing new ones, which takes `rngs`.
     """
 
     def __init__(
@@ -63,10 +65,13 @@ class QuantLinear(nnx.Module):
         promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
         preferred_element_type: Dtype | None = None,
         kernel: QuantizedTensor | None = None,
+        bias: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
         kernel_metadata: Mapping[str, Any] = NOTHING,
         bias_metadata: Mapping[str, Any] = NOTHING,
     ):
+        if activations is not None:
+            activations = check_bits(activations, "activations")
         if kernel is None:
             drawn = kernel_init(_key(rngs), (in_features, out_features), param_dtype)
             kernel = quantize(
@@ -80,8 +85,9 @@ class QuantLinear(nnx.Module):
         self.kernel = Packed(kernel, **kernel_metadata)
         self.bias: nnx.Param[jax.Array] | None
         if use_bias:
-            drawn_bias = bias_init(_key(rngs), (out_features,), param_dtype)
-            self.bias = nnx.Param(drawn_bias, **bias_metadata)
+            if bias is None:
+                bias = bias_init(_key(rngs), (out_features,), param_dtype)
+            self.bias = nnx.Param(bias, **bias_metadata)
         else:
             self.bias = nnx.data(None)
         self.in_features = in_features
@@ -124,11 +130,10 @@ class QuantLinear(nnx.Module):
           options: `activations` and other arguments of the constructor.
         """
         check_tensor(kernel, "kernel")
-        keep = {"bias_init": lambda *_: bias, "rngs": nnx.Rngs(0)} if bias is not None else {}
-        return cls(
-            *kernel.shape, weights=kernel.bits, kernel=kernel, use_bias=bias is not None,
-            **keep, **options,
-        )  # fmt: skip
+        features = kernel.shape
+        if len(features) != 2:
+            raise ValueError(f"kernel must have two axes, got shape {features}")
+        return cls(*features, kernel=kernel, bias=bias, use_bias=bias is not None, **options)
 
     @classmethod
     def from_linear(

@@ -26,7 +26,8 @@ Params = dict[str, Any]
 
 def quantize_activations(x: jax.Array, **params: Any) -> tuple[jax.Array, jax.Array]:
     """``float[M, K]`` -> ``uint8[M, K]``, ``float32[M, groups]``."""
-    return tuple(quantize_activations_p.bind(x, **params))
+    codes, scales = quantize_activations_p.bind(x, **params)
+    return codes, scales
 
 
 def int_matmul(codes: jax.Array, planes: jax.Array, **params: Any) -> jax.Array:
@@ -94,7 +95,8 @@ def _quantize_cpu(x: jax.Array, **p: Any) -> tuple[jax.Array, jax.Array]:
         jax.ShapeDtypeStruct((m, group_count(k, p["group_size"])), jnp.float32),
     )
     call = jax.ffi.ffi_call("jax_anyprec_cpu_quantize", results)
-    return tuple(call(x, signs, act_bits=p["bits"], block=block))
+    codes, scales = call(x, signs, act_bits=p["bits"], block=block)
+    return codes, scales
 
 
 def _int_matmul_cpu(codes: jax.Array, planes: jax.Array, **p: Any) -> jax.Array:
@@ -303,12 +305,8 @@ def _define(
     return primitive
 
 
-quantize_activations_p = _define(
-    "quantize", _quantize_abstract, _quantize_cpu, _quantize_reference
-)
-int_matmul_p = _define(
-    "int_matmul", _int_matmul_abstract, _int_matmul_cpu, _int_matmul_reference
-)
+quantize_activations_p = _define("quantize", _quantize_abstract, _quantize_cpu, _quantize_reference)
+int_matmul_p = _define("int_matmul", _int_matmul_abstract, _int_matmul_cpu, _int_matmul_reference)
 matmul_p = _define("matmul", _matmul_abstract, _matmul_cpu, _matmul_reference)
 ad.primitive_jvps[matmul_p] = _matmul_jvp
 ad.primitive_transposes[matmul_p] = _matmul_transpose

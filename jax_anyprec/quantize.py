@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -51,19 +52,23 @@ def quantize(
         raise TypeError(f"scale_dtype must be one of {SCALE_DTYPES}, got {scale_dtype!r}")
     if not isinstance(weights, Tracer) and not bool(jnp.isfinite(weights).all()):
         raise ValueError("weights must be finite, got NaN or infinity")
-    rows = jnp.swapaxes(weights, -1, -2).astype(jnp.float32)
     if rotation is not None:
         rotation.check(k)
-        rows = rotation.apply(rows)
-    grouped = rows.reshape(*rows.shape[:-1], group_count(k, group_size), group_size)
+    given, method = None, "given"
     if isinstance(scales, str):
-        chosen = _choose_scales(grouped, bits, scales).astype(scale_dtype)
+        if scales not in ("mse", "absmax"):
+            raise ValueError(f'scales must be "mse", "absmax" or an array, got {scales!r}')
+        method = scales
     else:
-        chosen = check_floats(scales, "scales").astype(scale_dtype)
-        if chosen.shape != grouped.shape[:-1]:
-            raise ValueError(f"scales must have shape {grouped.shape[:-1]}, got {chosen.shape}")
-    codes = fmt.encode(grouped, chosen.astype(jnp.float32)[..., None], bits).reshape(rows.shape)
-    return QuantizedTensor.from_codes(codes, chosen, bits=bits, rotation=rotation)
+        given = check_floats(scales, "scales")
+        expected = (*weights.shape[:-2], weights.shape[-1], group_count(k, group_size))
+        if given.shape != expected:
+            raise ValueError(f"scales must have shape {expected}, got {given.shape}")
+        if not isinstance(given, Tracer) and not bool(_usable(given).all()):
+            raise ValueError(
+                f"scales must be 0 or in {fmt.MIN_SCALE:g}..{fmt.MAX_SCALE:g}, got others"
+            )
+    return _quantize(weights, given, bits, group_size, method, rotation, jnp.dtype(scale_dtype))
 
 
 def absmax_scales(x: Any, bits: int) -> Any:
@@ -92,13 +97,32 @@ def check_floats(x: Any, name: str, min_ndim: int = 0) -> jax.Array:
     return jnp.asarray(x)
 
 
-def _choose_scales(grouped: jax.Array, bits: int, method: str) -> jax.Array:
-    scales = absmax_scales(grouped, bits)
-    if method == "absmax":
-        return scales
-    if method != "mse":
-        raise ValueError(f'scales must be "mse", "absmax" or an array, got {method!r}')
-    return _least_error_scales(grouped, scales, bits)
+def _usable(scales: jax.Array) -> jax.Array:
+    return (scales == 0) | ((scales >= fmt.MIN_SCALE) & (scales <= fmt.MAX_SCALE))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _quantize(
+    weights: jax.Array,
+    given: jax.Array | None,
+    bits: int,
+    group_size: int,
+    method: str,
+    rotation: Rotation | None,
+    scale_dtype: Any,
+) -> QuantizedTensor:
+    rows = jnp.swapaxes(weights, -1, -2).astype(jnp.float32)
+    if rotation is not None:
+        rows = rotation.apply(rows)
+    groups = group_count(rows.shape[-1], group_size)
+    grouped = rows.reshape(*rows.shape[:-1], groups, group_size)
+    scales = absmax_scales(grouped, bits) if given is None else given
+    if method == "mse":
+        scales = _least_error_scales(grouped, scales, bits)
+    scales = scales.astype(scale_dtype)
+    codes = fmt.encode(grouped, scales.astype(jnp.float32)[..., None], bits)
+    codes = codes.reshape(rows.shape)
+    return QuantizedTensor.from_codes(codes, scales, bits=bits, rotation=rotation)
 
 
 def _least_error_scales(grouped: jax.Array, absmax: jax.Array, bits: int) -> jax.Array:

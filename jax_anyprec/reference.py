@@ -83,7 +83,7 @@ def _scaled_product(
     act_bits: int,
     group_size: int,
 ) -> jax.Array:
-    m, k = codes.shape
+    m = codes.shape[0]
     groups = scales.shape[-1]
     exact = fits_int32(group_size, act_bits, planes.shape[-3])
     dots = _grouped_dot(codes, planes, act_bits, group_size, jnp.int32 if exact else jnp.float32)

@@ -67,8 +67,11 @@ class LlamaConfig:
 class Cache:
     """Keys and values of past tokens, preallocated: a pytree that `Llama.hidden` returns updated.
 
+    Batch and heads are one axis, as the products of a decode step read them: with two, XLA
+    copies the whole cache at every step, on a CPU at least.
+
     Args:
-      keys: for each layer ``[B, G, T, D]``.
+      keys: for each layer ``[B G, T, D]``.
       values: like `keys`.
       length: ``int32[]``, the positions that are filled; the same for the whole batch.
     """
@@ -80,7 +83,7 @@ class Cache:
     @classmethod
     def zeros(cls, config: LlamaConfig, batch: int, size: int, dtype: Any) -> Cache:
         """An empty cache for `size` positions."""
-        shape = (batch, config.num_kv_heads, size, config.head_dim)
+        shape = (batch * config.num_kv_heads, size, config.head_dim)
 
         def layers() -> tuple[jax.Array, ...]:
             return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
@@ -107,21 +110,21 @@ class Attention(nnx.Module):
         past: tuple[jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """``x [B, S, width]`` at ``positions int32[S]`` to its update and the keys and values."""
-        config = self.config
-        q = rotary(self._heads(self.query(x)), positions, config.rope_theta)
-        k = rotary(self._heads(self.key(x)), positions, config.rope_theta)
+        theta = self.config.rope_theta
+        q = rotary(self._heads(self.query(x)), positions, theta)
+        k = rotary(self._heads(self.key(x)), positions, theta)
         v = self._heads(self.value(x))
         if past is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(past[0], k, positions[0], axis=2)
-            v = jax.lax.dynamic_update_slice_in_dim(past[1], v, positions[0], axis=2)
-        visible = positions[:, None] >= jnp.arange(k.shape[2])
-        y = attend(q, k, v, visible)
-        y = jnp.swapaxes(y, 1, 2).reshape(*x.shape[:2], -1)
-        return self.output(y), (k, v)
+            k = jax.lax.dynamic_update_slice_in_dim(past[0], k, positions[0], axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(past[1], v, positions[0], axis=1)
+        y = attend(q, k, v, visible=positions[:, None] >= jnp.arange(k.shape[1]))
+        y = jnp.swapaxes(y.reshape(x.shape[0], -1, *y.shape[1:]), 1, 2)
+        return self.output(y.reshape(*x.shape[:2], -1)), (k, v)
 
     def _heads(self, x: jax.Array) -> jax.Array:
-        """``[B, S, heads * D]`` to ``[B, heads, S, D]``."""
-        return jnp.swapaxes(x.reshape(*x.shape[:2], -1, self.config.head_dim), 1, 2)
+        """``[B, S, heads D]`` to ``[B heads, S, D]``."""
+        x = jnp.swapaxes(x.reshape(*x.shape[:2], -1, self.config.head_dim), 1, 2)
+        return x.reshape(-1, *x.shape[2:])
 
 
 class FeedForward(nnx.Module):
@@ -189,13 +192,12 @@ class Llama(nnx.Module):
         """Logits ``float32[B, S, vocab]`` of the token after each of ``tokens int32[B, S]``."""
         return self.logits(self.hidden(tokens)[0])
 
-    def hidden(
-        self, tokens: jax.Array, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache | None]:
+    def hidden(self, tokens: jax.Array, cache: Cache | None = None) -> tuple[jax.Array, Cache]:
         """Final features ``[B, S, width]``, and the cache with these tokens added.
 
-        With a cache the tokens follow those in it, and there must be room for them (a traced
-        length can't be checked here; `generate` does).
+        The tokens follow those in the cache, where there must be room for them (a traced length
+        can't be checked here; `generate` does). Without one they are the first, and the cache
+        that is returned is full.
         """
         start = jnp.int32(0) if cache is None else cache.length
         positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
@@ -205,11 +207,8 @@ class Llama(nnx.Module):
             past = None if cache is None else (cache.keys[i], cache.values[i])
             x, present = layer(x, positions, past)
             presents.append(present)
-        x = self.norm(x)
-        if cache is None:
-            return x, None
         keys, values = zip(*presents, strict=True)
-        return x, Cache(keys, values, cache.length + tokens.shape[1])
+        return self.norm(x), Cache(keys, values, start + tokens.shape[1])
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits ``float32[..., vocab]`` of final features ``[..., width]``."""
@@ -235,14 +234,17 @@ def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    """Attention of ``q [B, H, S, D]`` over ``k, v [B, G, T, D]`` where ``visible bool[S, T]``.
+    """Attention of ``q [B H, S, D]`` over ``k, v [B G, T, D]``.
 
-    Scores and softmax are float32; the result ``[B, H, S, D]`` has the dtype of `q`.
+    Query s sees position t where ``visible bool[S, T]``. Scores and softmax are float32; the
+    result ``[B H, S, D]`` has the dtype of `q`.
     """
-    batch, heads, s, size = q.shape
-    q = q.reshape(batch, k.shape[1], heads // k.shape[1], s, size)
-    scores = jnp.einsum("bghsd,bgtd->bghst", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible, scores * size**-0.5, -jnp.inf)
+    s, size = q.shape[1:]
+    grouped = q.reshape(k.shape[0], -1, size)  # the H / G query heads of a key, one after another
+    scores = jnp.einsum("bsd,btd->bst", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(-1, s, k.shape[1]) * size**-0.5
+    scores = jnp.where(visible, scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = jnp.einsum("bghst,bgtd->bghsd", weights, v, preferred_element_type=jnp.float32)
-    return y.reshape(batch, heads, s, size).astype(q.dtype)
+    weights = weights.reshape(*grouped.shape[:2], -1)
+    y = jnp.einsum("bst,btd->bsd", weights, v, preferred_element_type=jnp.float32)
+    return y.reshape(q.shape).astype(q.dtype)

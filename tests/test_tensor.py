@@ -1,0 +1,181 @@
+"""`QuantizedTensor`: what it stands for, truncation, import of codes, pytree behaviour."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from test_quantize import codes_of, gaussian
+
+import jax_anyprec as ap
+
+BITS = range(1, 9)
+
+
+def random_tensor(
+    bits: int, offsets: bool, dtype: str = "float32", k: int = 96, group: int = 32
+) -> tuple[ap.QuantizedTensor, np.ndarray, np.ndarray, np.ndarray | None]:
+    """A tensor with its codes, scales and offsets."""
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 2**bits, (5, k), np.uint8)
+    scales = rng.uniform(0.01, 1, (5, k // group)).astype(jnp.dtype(dtype))
+    z = rng.normal(size=scales.shape).astype(jnp.dtype(dtype)) if offsets else None
+    return ap.QuantizedTensor.from_codes(codes, scales, z, bits=bits), codes, scales, z
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("offsets", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dequantize_against_float64(bits: int, offsets: bool, dtype: str) -> None:
+    w, codes, scales, z = random_tensor(bits, offsets, dtype)
+    rows, sizes = oracle.rows_of(codes, bits, scales, z)
+    for dequantize in (w.dequantize, jax.jit(w.dequantize)):
+        found = np.asarray(dequantize(), np.float64)
+        # One product and, with offsets, one sum.
+        assert (np.abs(found - rows.T) <= oracle.gamma(1 + offsets) * sizes.T).all()
+    assert w.dequantize(jnp.bfloat16).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        w.dequantize("float16"), np.asarray(w.dequantize()).astype(np.float16)
+    )
+
+
+def test_dequantize_undoes_the_rotation() -> None:
+    weights = gaussian(192, 7)
+    w = ap.quantize(weights, 8, group_size=32, rotation=ap.Rotation(64, 5))
+    np.testing.assert_allclose(w.dequantize(), weights, atol=0.03)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("offsets", [False, True])
+def test_truncate_drops_the_low_bits(bits: int, offsets: bool) -> None:
+    w, codes, scales, z = random_tensor(bits, offsets)
+    for fewer in range(1, bits + 1):
+        t = w.truncate(fewer)
+        assert t.bits == fewer
+        assert t.shape == w.shape
+        dropped = bits - fewer
+        kept = codes_of(t)
+        np.testing.assert_array_equal(kept, codes >> dropped)
+        np.testing.assert_array_equal(t.scales, scales * np.float32(2**dropped))  # exact
+        # Each value is the mean of the cell: of all codes with these high bits.
+        cell = [(kept.astype(int) << dropped) + low for low in range(2**dropped)]
+        rows = np.mean([oracle.rows_of(c, bits, scales, z)[0] for c in cell], axis=0)
+        np.testing.assert_allclose(t.dequantize(), rows.T, rtol=1e-5, atol=1e-5)
+
+
+def test_truncate_twice_is_truncate_once() -> None:
+    w, *_ = random_tensor(8, offsets=False)
+    once, twice = w.truncate(2), w.truncate(5).truncate(2)
+    jax.tree.map(np.testing.assert_array_equal, once, twice)
+    assert w.truncate(8) is w
+
+
+def test_truncate_widens_scales_that_could_overflow() -> None:
+    scales = np.full((1, 1), 60000, np.float16)
+    w = ap.QuantizedTensor.from_codes(np.full((1, 32), 255, np.uint8), scales, bits=8)
+    assert w.truncate(1).scales.tolist() == [[60000 * 128]]
+
+
+def test_truncate_does_not_upset_a_rotation() -> None:
+    weights = gaussian(64, 3)
+    w = ap.quantize(weights, 8, rotation=ap.Rotation(64)).truncate(6)
+    np.testing.assert_allclose(w.dequantize(), weights, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_from_affine_is_lossless(dtype: str, minimum: bool, bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 2**bits, (4, 64), np.uint8)
+    codes[0, 0] = 2**bits - 1
+    step = rng.uniform(0.01, 1, (4, 2)).astype(jnp.dtype(dtype))
+    low = rng.normal(size=(4, 2)).astype(jnp.dtype(dtype)) if minimum else None
+    w = ap.QuantizedTensor.from_affine(codes, step, low)
+    assert w.bits == bits
+    assert w.group_size == 32
+    wide = np.repeat(step.astype(np.float64), 32, axis=1)
+    if low is None:
+        values = wide * (codes - (2**bits - 1) / 2)
+    else:
+        values = wide * codes + np.repeat(low.astype(np.float64), 32, axis=1)
+    exact = oracle.rows_of(
+        codes_of(w), bits, np.asarray(w.scales), None if low is None else np.asarray(w.offsets)
+    )[0]
+    np.testing.assert_array_equal(exact, values)
+
+
+def test_from_affine_of_the_smallest_half_precision_steps() -> None:
+    """Half of an odd subnormal float16 is no float16."""
+    codes = np.full((1, 32), 3, np.uint8)
+    step = np.full((1, 1), 2.0**-24, np.float16)
+    w = ap.QuantizedTensor.from_affine(codes, step, np.zeros((1, 1), np.float16))
+    assert np.asarray(w.dequantize()).tolist() == [[3 * 2.0**-24]] * 32
+
+
+def test_from_affine_of_zeros_has_one_bit() -> None:
+    w = ap.QuantizedTensor.from_affine(np.zeros((2, 32), np.uint8), np.ones((2, 1), np.float32))
+    assert w.bits == 1
+
+
+def test_codes_beyond_the_bits_are_refused() -> None:
+    codes = np.full((2, 32), 16, np.uint8)
+    with pytest.raises(ValueError, match="codes"):
+        ap.QuantizedTensor.from_codes(codes, np.ones((2, 1), np.float32), bits=4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.int8])
+def test_codes_of_another_dtype_are_refused(dtype: type) -> None:
+    codes = np.zeros((2, 32), dtype)
+    with pytest.raises(TypeError, match="codes"):
+        ap.QuantizedTensor.from_codes(codes, np.ones((2, 1), np.float32), bits=4)
+
+
+def test_stacked_codes() -> None:
+    codes = np.random.default_rng(0).integers(0, 8, (2, 3, 5, 64), np.uint8)
+    w = ap.QuantizedTensor.from_codes(codes, np.ones((2, 3, 5, 2), np.float32), bits=3)
+    assert w.shape == (2, 3, 64, 5)
+    expected = np.swapaxes(oracle.ints(codes, 3), -1, -2)
+    np.testing.assert_array_equal(w.dequantize(), expected)
+    np.testing.assert_array_equal(w.truncate(3).dequantize(), expected)
+
+
+def test_nbytes_counts_planes_scales_and_offsets() -> None:
+    w, *_ = random_tensor(4, offsets=True, dtype="float16", k=128)
+    assert w.nbytes == 5 * (4 * 128 // 8 + 4 * 2 + 4 * 2)
+    assert w.groups == 4
+
+
+def test_is_a_pytree_with_static_sizes() -> None:
+    w, *_ = random_tensor(3, offsets=False)
+    assert len(jax.tree.leaves(w)) == 2
+    leaves, structure = jax.tree.flatten(w)
+    same = jax.tree.unflatten(structure, leaves)
+    assert (same.k, same.group_size, same.rotation) == (96, 32, None)
+    passed = jax.jit(lambda t: t)(w)
+    assert isinstance(passed, ap.QuantizedTensor)
+    jax.tree.map(np.testing.assert_array_equal, passed, w)
+    turned = ap.quantize(gaussian(64, 2), 2, rotation=ap.Rotation(64, 1))
+    other = ap.quantize(gaussian(64, 2), 2, rotation=ap.Rotation(64, 2))
+    assert jax.tree.structure(turned) != jax.tree.structure(other)
+
+
+def test_copies_and_pickles() -> None:
+    w = ap.quantize(gaussian(64, 2), 2, rotation=ap.Rotation(64, 1))
+    for other in (copy.deepcopy(w), pickle.loads(pickle.dumps(w))):
+        assert other.rotation == w.rotation
+        jax.tree.map(np.testing.assert_array_equal, other, w)
+
+
+def test_numpy_fields_work_like_jax_ones() -> None:
+    w = jax.tree.map(np.asarray, ap.quantize(gaussian(96, 5), 5, group_size=32))
+    x = gaussian(3, 96)
+    jaxed = jax.tree.map(jnp.asarray, w)
+    np.testing.assert_array_equal(w.dequantize(), jaxed.dequantize())
+    np.testing.assert_array_equal(w.truncate(2).dequantize(), jaxed.truncate(2).dequantize())
+    np.testing.assert_array_equal(ap.matmul(x, w, act_bits=4), ap.matmul(x, jaxed, act_bits=4))
