@@ -466,8 +466,8 @@ def collect_info() -> dict[str, Any]:
         devices = [
             f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()
         ]
-    except RuntimeError as error:
-        devices_error = str(error)
+    except Exception as error:  # whatever JAX fails with is what this command is there to show
+        devices_error = f"{type(error).__name__}: {error}"
     return {
         "versions": {"jax-anyprec": __version__, "python": platform.python_version(), **versions},
         "platform": f"{platform.system()} {platform.machine()}",

@@ -116,6 +116,19 @@ def unpack_planes(planes: Any, k: int) -> Any:
     return (unpacked * weights[:, None, None]).sum(-3, dtype=np.uint8)
 
 
+def float_bits(x: Any) -> Any:
+    """The bits of ``float32[...]`` as ``int32[...]``."""
+    return x.view(np.int32) if isinstance(x, np.ndarray) else _bitcast(x, jnp.int32)
+
+
+def bits_float(x: Any) -> Any:
+    """``int32[...]`` as the ``float32[...]`` with these bits."""
+    return x.view(np.float32) if isinstance(x, np.ndarray) else _bitcast(x, jnp.float32)
+
+
+_bitcast = jax.lax.bitcast_convert_type
+
+
 def _bytes_to_words(x: Any) -> Any:
     shape = (*x.shape[:-1], x.shape[-1] // 4)
     if isinstance(x, np.ndarray):

@@ -170,7 +170,7 @@ class QuantEmbed(nnx.Module):
     Args:
       embedding: `QuantizedTensor` of shape ``(features, num_embeddings)``.
       activations, act_scales, implementation: for `attend`, as for `QuantLinear`.
-      dtype: dtype of the embeddings (default float32).
+      dtype: dtype of the embeddings and of the scores (default float32).
     """
 
     def __init__(
@@ -208,8 +208,9 @@ class QuantEmbed(nnx.Module):
 
     def attend(self, query: jax.Array) -> jax.Array:
         """Scores of ``[..., features]`` against every embedding, ``[..., num_embeddings]``."""
+        dtype = self.dtype or jnp.promote_types(query.dtype, jnp.float32)
         return ops.matmul(
-            query,
+            query.astype(dtype),
             self.embedding.get_value(),
             act_bits=self.activations,
             act_scales=self.act_scales,

@@ -12,7 +12,7 @@ from . import _native, primitive, reference
 from . import format as fmt
 from .choose import IMPLEMENTATIONS
 from .quantize import check_floats
-from .rotation import Rotation
+from .rotation import Rotation, check_rotation
 from .tensor import SCALE_DTYPES, QuantizedTensor, check_group_size, check_tensor
 
 
@@ -108,8 +108,7 @@ def quantize_activations(
     x = check_floats(x, "x", min_ndim=1)
     k = x.shape[-1]
     group_size = check_group_size(group_size, k)
-    if rotation is not None:
-        rotation.check(k)
+    check_rotation(rotation, k)
     codes, scales = primitive.quantize_activations(
         _flatten(x),
         bits=bits,

@@ -170,7 +170,8 @@ def _batch(
     front = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(batched, dims, strict=True)]
     if only_x:
         x = front[0]
-        out = primitive.bind(x.reshape(-1, x.shape[-1]), *front[1:], **p)
+        flat = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+        out = primitive.bind(flat, *front[1:], **p)
         split = lambda y: y.reshape(*x.shape[:2], *y.shape[1:])  # noqa: E731
         out = jax.tree.map(split, out)
     else:
@@ -300,8 +301,12 @@ def _define(
     def compiled(params: tuple[tuple[str, Any], ...]) -> Any:
         return jax.jit(functools.partial(primitive.bind, **dict(params)))
 
-    # An eager call is a jitted one; the cache keeps one jitted function for each set of parameters.
-    primitive.def_impl(lambda *xs, **p: compiled(tuple(sorted(p.items())))(*xs))
+    def run_eagerly(*operands: Any, **p: Any) -> Any:
+        # A call outside of jit is a jitted one, under jax.disable_jit too.
+        with jax.disable_jit(False):
+            return compiled(tuple(sorted(p.items())))(*operands)
+
+    primitive.def_impl(run_eagerly)
     return primitive
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import format as fmt
 from ._compat import Tracer
-from .rotation import Rotation
+from .rotation import Rotation, check_rotation
 from .tensor import SCALE_DTYPES, QuantizedTensor, check_group_size, group_count
 
 CANDIDATES = 40
@@ -52,8 +52,7 @@ def quantize(
         raise TypeError(f"scale_dtype must be one of {SCALE_DTYPES}, got {scale_dtype!r}")
     if not isinstance(weights, Tracer) and not bool(jnp.isfinite(weights).all()):
         raise ValueError("weights must be finite, got NaN or infinity")
-    if rotation is not None:
-        rotation.check(k)
+    check_rotation(rotation, k)
     given, method = None, "given"
     if isinstance(scales, str):
         if scales not in ("mse", "absmax"):
@@ -68,7 +67,15 @@ def quantize(
             raise ValueError(
                 f"scales must be 0 or in {fmt.MIN_SCALE:g}..{fmt.MAX_SCALE:g}, got others"
             )
-    return _quantize(weights, given, bits, group_size, method, rotation, jnp.dtype(scale_dtype))
+    tensor, fits = _quantize(
+        weights, given, bits, group_size, method, rotation, jnp.dtype(scale_dtype)
+    )
+    if not isinstance(fits, Tracer) and not bool(fits):
+        raise ValueError(
+            f"scale_dtype {jnp.dtype(scale_dtype)} can't hold the scales of these weights; "
+            "use float32 or bfloat16"
+        )
+    return tensor
 
 
 def absmax_scales(x: Any, bits: int) -> Any:
@@ -78,10 +85,19 @@ def absmax_scales(x: Any, bits: int) -> Any:
     infinite, so that bad input shows in the output instead of being clipped.
     """
     xp = fmt.namespace(x)
-    absmax = xp.max(xp.abs(x.astype(np.float32)), axis=-1, initial=np.float32(0))
-    scales = absmax * np.float32(1 / fmt.max_level(bits))
-    scales = xp.where(scales >= np.float32(fmt.MIN_SCALE), scales, xp.zeros_like(scales))
+    scales = _absmax(x) * np.float32(1 / fmt.max_level(bits))
+    scales = xp.where(scales < np.float32(fmt.MIN_SCALE), np.float32(0), scales)
     return xp.where(scales <= np.float32(fmt.MAX_SCALE), scales, np.float32(np.nan))
+
+
+def _absmax(x: Any) -> Any:
+    """Largest magnitude of the last axis, ``float32[...]``; NaN or infinite if any value is.
+
+    Magnitudes are ordered as their bits are, with infinity and NaN last. A float maximum would do,
+    but XLA's on the CPU loses NaN (jaxlib 0.10.2).
+    """
+    bits = fmt.float_bits(x.astype(np.float32)) & np.int32(0x7FFFFFFF)
+    return fmt.bits_float(bits.max(-1, initial=np.int32(0)))
 
 
 def check_floats(x: Any, name: str, min_ndim: int = 0) -> jax.Array:
@@ -110,7 +126,8 @@ def _quantize(
     method: str,
     rotation: Rotation | None,
     scale_dtype: Any,
-) -> QuantizedTensor:
+) -> tuple[QuantizedTensor, jax.Array]:
+    """The tensor, and whether no scale became infinite or 0 in `scale_dtype`."""
     rows = jnp.swapaxes(weights, -1, -2).astype(jnp.float32)
     if rotation is not None:
         rows = rotation.apply(rows)
@@ -119,18 +136,23 @@ def _quantize(
     scales = absmax_scales(grouped, bits) if given is None else given
     if method == "mse":
         scales = _least_error_scales(grouped, scales, bits)
-    scales = scales.astype(scale_dtype)
-    codes = fmt.encode(grouped, scales.astype(jnp.float32)[..., None], bits)
-    codes = codes.reshape(rows.shape)
-    return QuantizedTensor.from_codes(codes, scales, bits=bits, rotation=rotation)
+    kept = scales.astype(scale_dtype)
+    rounded = kept.astype(jnp.float32)
+    fits = ((rounded > 0) & (rounded < jnp.inf) | (scales == 0)).all()
+    codes = fmt.encode(grouped, rounded[..., None], bits).reshape(rows.shape)
+    return QuantizedTensor.from_codes(codes, kept, bits=bits, rotation=rotation), fits
 
 
 def _least_error_scales(grouped: jax.Array, absmax: jax.Array, bits: int) -> jax.Array:
     """Search clipping ratios; for each, refit the scale in closed form: ``s = <w,q> / <q,q>``.
 
     With the codes fixed the squared error is ``<w,w> - <w,q>**2 / <q,q>``, so the best ratio is
-    the one with the largest gain ``<w,q>**2 / <q,q>``.
+    the one with the largest gain ``<w,q>**2 / <q,q>``. Groups are first divided by the power of two
+    below their largest value, so that the squares of tiny or huge weights stay in range.
     """
+    unit = fmt.bits_float(fmt.float_bits(absmax) & np.int32(0x7F800000))
+    unit = jnp.where(unit > 0, unit, 1)
+    grouped, absmax = grouped / unit[..., None], absmax / unit
 
     def refit(scales: jax.Array) -> tuple[jax.Array, jax.Array]:
         codes = fmt.encode(grouped, scales[..., None], bits)
@@ -148,4 +170,4 @@ def _least_error_scales(grouped: jax.Array, absmax: jax.Array, bits: int) -> jax
     ratios = jnp.linspace(0.2 if bits < 4 else 0.5, 1.0, CANDIDATES, dtype=jnp.float32)
     start = (absmax, jnp.zeros_like(absmax))
     (scales, _), _ = jax.lax.scan(step, start, ratios)
-    return scales
+    return scales * unit

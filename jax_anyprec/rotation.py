@@ -49,11 +49,6 @@ class Rotation:
             raise ValueError(f"k must be a multiple of {MIN_BLOCK} to be rotated, got {k}")
         return cls(block, seed)
 
-    def check(self, k: int) -> None:
-        """ValueError unless the block divides `k`."""
-        if k % self.block:
-            raise ValueError(f"rotation block {self.block} must divide k, got k = {k}")
-
     def sign_words(self, k: int) -> np.ndarray:
         """Packed signs ``uint32[ceil(k / 32)]``: a set bit is -1.
 
@@ -78,6 +73,16 @@ class Rotation:
     def invert(self, x: Any) -> Any:
         """``x @ R.T`` along the last axis, float32 ``[..., K]``."""
         return hadamard(x.astype(np.float32), self.block) * self.signs(x.shape[-1])
+
+
+def check_rotation(rotation: Any, k: int) -> None:
+    """TypeError or ValueError unless `rotation` is None or a `Rotation` that fits `k`."""
+    if rotation is None:
+        return
+    if not isinstance(rotation, Rotation):
+        raise TypeError(f"rotation must be a Rotation or None, got {rotation!r}")
+    if k % rotation.block:
+        raise ValueError(f"rotation block {rotation.block} must divide k, got k = {k}")
 
 
 def hadamard(x: Any, block: int) -> Any:

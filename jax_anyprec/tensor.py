@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import format as fmt
-from .rotation import Rotation
+from ._compat import Tracer
+from .rotation import Rotation, check_rotation
 
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -91,20 +92,6 @@ class QuantizedTensor:
         return jnp.swapaxes(rows, -1, -2).astype(dtype)
 
     @classmethod
-    def from_affine(cls, codes: Any, scale: Any, minimum: Any = None) -> QuantizedTensor:
-        """Import integer weights ``scale * u + minimum`` without loss.
-
-        Args:
-          codes: ``uint8[..., N, K]``, output features first as checkpoint files store them,
-            each in ``0..2**bits - 1`` for the smallest fitting `bits`; see `from_codes` to fix it.
-          scale: ``float[..., N, groups]``, the distance between neighbouring codes.
-          minimum: like `scale`, the value of code 0; None centres the grid on zero.
-        """
-        bits = max(int(np.max(codes, initial=0)).bit_length(), 1)
-        half = scale * np.asarray(0.5, scale.dtype)
-        return cls.from_codes(codes, half, minimum, bits=bits)
-
-    @classmethod
     def from_codes(
         cls,
         codes: Any,
@@ -114,8 +101,26 @@ class QuantizedTensor:
         bits: int,
         rotation: Rotation | None = None,
     ) -> QuantizedTensor:
-        """Pack codes ``uint8[..., N, K]`` with scales and offsets ``float[..., N, groups]``."""
+        """Pack codes with their scales and offsets; the way in for integer checkpoints.
+
+        Weights ``d * u + m`` come in without loss as scales ``d / 2`` and offsets ``m``.
+
+        Args:
+          codes: ``uint8[..., N, K]``, output features first, each below ``2**bits`` (checked
+            outside of tracing).
+          scales: ``float[..., N, groups]``, half the distance between neighbouring codes.
+          offsets: like `scales`, the value of code 0; None centres the grid on zero.
+          bits: 1 to 8.
+          rotation: the one that the rows have been multiplied by, or None.
+        """
         bits = fmt.check_bits(bits)
+        if getattr(codes, "dtype", None) != np.uint8 or codes.ndim < 2:
+            raise TypeError(
+                f"codes must be a uint8 array [..., N, K], got {getattr(codes, 'dtype', codes)}"
+                f"{list(getattr(codes, 'shape', ()))}"
+            )
+        if not isinstance(codes, Tracer) and codes.size and codes.max() > fmt.max_level(bits):
+            raise ValueError(f"codes must be below {2**bits} at {bits} bits, got {codes.max()}")
         k, groups = codes.shape[-1], scales.shape[-1]
         if groups == 0 or (k and k % groups):
             raise ValueError(f"scales have {groups} groups, which do not divide k = {k}")
@@ -127,13 +132,14 @@ class QuantizedTensor:
 
 def check_group_size(group_size: Any, k: int) -> int:
     """`group_size` as an int that fits `k` (None means `k`), or an error that says what does."""
-    if group_size is None or (type(group_size) is int and group_size == k):
+    if group_size is None or k == 0:
         return k
     if isinstance(group_size, bool) or not isinstance(group_size, int | np.integer):
         raise TypeError(f"group_size must be an int or None, got {group_size!r}")
     group_size = int(group_size)
-    if group_size <= 0 or group_size % fmt.WORD_BITS or k % group_size:
-        fits = [g for g in range(fmt.WORD_BITS, min(k, 1025), fmt.WORD_BITS) if k % g == 0]
+    whole_words = group_size > 0 and group_size % fmt.WORD_BITS == 0 and k % group_size == 0
+    if not whole_words and group_size != k:
+        fits = [g for g in range(fmt.WORD_BITS, min(k, 1024) + 1, fmt.WORD_BITS) if k % g == 0]
         raise ValueError(
             f"group_size must be a multiple of {fmt.WORD_BITS} that divides k = {k}, "
             f"or None for one group; got {group_size}; these fit: {fits or 'none'}"
@@ -170,8 +176,7 @@ def check_tensor(w: QuantizedTensor, name: str) -> None:
             raise TypeError(f"{name}.{field} must be one of {SCALE_DTYPES}, got {value.dtype}")
         if value.shape != expected:
             raise ValueError(f"{name}.{field} must have shape {expected}, got {value.shape}")
-    if w.rotation is not None:
-        w.rotation.check(w.k)
+    check_rotation(w.rotation, w.k)
 
 
 def dequantize_rows(planes: Any, scales: Any, offsets: Any, k: int) -> jax.Array:

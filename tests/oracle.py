@@ -7,6 +7,7 @@ from docs/format.md, not against itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -117,15 +118,24 @@ def hadamard_matrix(block: int) -> np.ndarray:
 @np.errstate(all="ignore")
 def encode_one(x: np.float32, scale: np.float32, bits: int) -> int:
     """Code of one value: one float32 product, floor, clip."""
+    return encode([x], scale, bits)[0]
+
+
+def encode(values: Iterable[np.float32], scale: np.float32, bits: int) -> list[int]:
+    """Codes of values that share a scale."""
     usable = MIN_SCALE <= scale <= MAX_SCALE
     inverse = np.float32(0.5) / scale if usable else np.float32(0)
-    level = np.float32(x) * inverse
-    if np.isnan(level):
-        return 0
-    if np.isinf(level):
-        return 0 if level < 0 else 2**bits - 1
-    steps = 0 if abs(level) < ZERO_LEVEL else math.floor(level)
-    return min(max(steps + 2 ** (bits - 1), 0), 2**bits - 1)
+    largest, half = 2**bits - 1, 2 ** (bits - 1)
+
+    def code(level: float) -> int:
+        if math.isnan(level):
+            return 0
+        if math.isinf(level):
+            return 0 if level < 0 else largest
+        steps = 0 if abs(level) < ZERO_LEVEL else math.floor(level)
+        return min(max(steps + half, 0), largest)
+
+    return [code(float(np.float32(x) * inverse)) for x in values]
 
 
 @np.errstate(all="ignore")
@@ -149,7 +159,7 @@ def quantize_activations(
             elif scale < MIN_SCALE:
                 scale = np.float32(0)
             scales[i, g] = scale
-            codes[i, part] = [encode_one(v, scale, bits) for v in x[i, part]]
+            codes[i, part] = encode(x[i, part], scale, bits)
     return codes, scales
 
 

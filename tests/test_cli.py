@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 import synthetic_gguf as tiny
 from click.testing import CliRunner
@@ -152,6 +153,14 @@ def test_info():
     for name, backend in facts["backends"].items():
         state = "available" if backend["available"] else f"unavailable: {backend['reason']}"
         assert f"{name}: {state}" in shown
+
+
+def test_info_without_a_device(monkeypatch):
+    def fail():
+        raise RuntimeError("no such platform")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    assert "none: RuntimeError: no such platform" in run("info").stdout
 
 
 def test_inspect(checkpoint):

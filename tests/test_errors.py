@@ -164,7 +164,7 @@ def test_out_dtype(dtype: str) -> None:
 
 @pytest.mark.parametrize("name", ["CPU", "cpu_float", "gpu", "", 3])
 def test_unknown_implementation(name: Any) -> None:
-    message = re.escape(f"implementation must be None or one of ('xla', 'cpu', ") + ".*"
+    message = re.escape("implementation must be None or one of ('xla', 'cpu', ") + ".*"
     for call in (
         lambda: ap.matmul(X, W, implementation=name),
         lambda: ap.int_matmul(CODES, W, 4, implementation=name),
@@ -231,7 +231,7 @@ def test_group_size_of_a_wrong_type(group_size: Any) -> None:
 
 
 def test_group_size_where_none_fits() -> None:
-    with pytest.raises(ValueError, match="divides k = 33, .* these fit: none"):
+    with pytest.raises(ValueError, match=r"divides k = 33, .* these fit: none"):
         ap.quantize(np.ones((33, 2), np.float32), 4, group_size=32)
 
 

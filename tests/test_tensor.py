@@ -90,13 +90,12 @@ def test_truncate_does_not_upset_a_rotation() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("minimum", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-def test_from_affine_is_lossless(dtype: str, minimum: bool, bits: int) -> None:
+def test_affine_integers_come_in_without_loss(dtype: str, minimum: bool, bits: int) -> None:
     rng = np.random.default_rng(bits)
     codes = rng.integers(0, 2**bits, (4, 64), np.uint8)
-    codes[0, 0] = 2**bits - 1
     step = rng.uniform(0.01, 1, (4, 2)).astype(jnp.dtype(dtype))
     low = rng.normal(size=(4, 2)).astype(jnp.dtype(dtype)) if minimum else None
-    w = ap.QuantizedTensor.from_affine(codes, step, low)
+    w = ap.QuantizedTensor.from_codes(codes, step * step.dtype.type(0.5), low, bits=bits)
     assert w.bits == bits
     assert w.group_size == 32
     wide = np.repeat(step.astype(np.float64), 32, axis=1)
@@ -108,19 +107,6 @@ def test_from_affine_is_lossless(dtype: str, minimum: bool, bits: int) -> None:
         codes_of(w), bits, np.asarray(w.scales), None if low is None else np.asarray(w.offsets)
     )[0]
     np.testing.assert_array_equal(exact, values)
-
-
-def test_from_affine_of_the_smallest_half_precision_steps() -> None:
-    """Half of an odd subnormal float16 is no float16."""
-    codes = np.full((1, 32), 3, np.uint8)
-    step = np.full((1, 1), 2.0**-24, np.float16)
-    w = ap.QuantizedTensor.from_affine(codes, step, np.zeros((1, 1), np.float16))
-    assert np.asarray(w.dequantize()).tolist() == [[3 * 2.0**-24]] * 32
-
-
-def test_from_affine_of_zeros_has_one_bit() -> None:
-    w = ap.QuantizedTensor.from_affine(np.zeros((2, 32), np.uint8), np.ones((2, 1), np.float32))
-    assert w.bits == 1
 
 
 def test_codes_beyond_the_bits_are_refused() -> None:

@@ -1,0 +1,421 @@
+// The CPU kernels of each instruction set against naive definitions: no Python, no XLA, so that
+// sanitizers see every access. Buffers have exactly the size that a caller must give.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../cpu/dispatch.h"
+#include "../cpu/kernels.h"
+
+using namespace anyprec;
+using namespace anyprec::cpu;
+
+namespace {
+
+#ifdef __aarch64__
+using Half = __fp16;  // GCC has _Float16 there only in C
+#else
+using Half = _Float16;
+#endif
+
+
+int passed = 0, failed = 0;
+
+void check(bool ok, const std::string& what) {
+  ++(ok ? passed : failed);
+  if (!ok && failed <= 20) std::printf("FAILED %s\n", what.c_str());
+}
+
+// A block of its own on the heap, so that one byte too far is seen; 64 bytes aligned as XLA's are.
+template <typename T>
+class Exact {
+ public:
+  explicit Exact(int64_t count)
+      : data_(static_cast<T*>(::operator new[](sizeof(T) * count, std::align_val_t{64}))),
+        count_(count) {
+    std::memset(static_cast<void*>(data_), 0xa5, sizeof(T) * count);  // no accidental zeros
+  }
+  ~Exact() { ::operator delete[](data_, std::align_val_t{64}); }
+  Exact(const Exact&) = delete;
+  T* get() const { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+  int64_t size() const { return count_; }
+
+ private:
+  T* data_;
+  int64_t count_;
+};
+
+struct Shape {
+  int64_t m, n, k, group;
+};
+
+int64_t groups_of(const Shape& s) { return s.k == 0 ? 1 : s.k / s.group; }
+
+std::string name_of(const Kernels& kernels, const Shape& s, int act_bits, int bits, Method method) {
+  static const char* methods[] = {"float", "codes", "planes"};
+  char text[128];
+  std::snprintf(text, sizeof text, "%s %s m=%lld n=%lld k=%lld group=%lld a%d w%d", kernels.name,
+                methods[static_cast<int>(method)], static_cast<long long>(s.m),
+                static_cast<long long>(s.n), static_cast<long long>(s.k),
+                static_cast<long long>(s.group), act_bits, bits);
+  return text;
+}
+
+// --- naive definitions ---
+
+int odd(int code, int bits) { return 2 * code - ((1 << bits) - 1); }
+
+float naive_scale(const float* x, int64_t n, int bits) {
+  float largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (std::isnan(x[i])) return NAN;
+    largest = std::max(largest, std::fabs(x[i]));
+  }
+  float scale = largest * static_cast<float>(1.0 / ((1 << bits) - 1));
+  if (scale > kMaxScale) return NAN;
+  return scale < kMinScale ? 0 : scale;
+}
+
+int naive_code(float x, float scale, int bits) {
+  bool usable = scale >= kMinScale && scale <= kMaxScale;
+  float level = x * (usable ? 0.5f / scale : 0.0f);
+  int top = (1 << bits) - 1, half = 1 << (bits - 1);
+  if (std::isnan(level)) return 0;
+  if (std::isinf(level)) return level < 0 ? 0 : top;
+  double steps = std::fabs(level) < kZeroLevel ? 0 : std::floor(static_cast<double>(level));
+  return static_cast<int>(std::min<double>(std::max<double>(steps + half, 0), top));
+}
+
+// Signs, then a Hadamard transform by the definition in the order that the format fixes.
+void naive_rotate(std::vector<float>& x, int64_t block, const uint32_t* signs) {
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (signs[i / 32] >> (i % 32) & 1) x[i] = -x[i];
+  }
+  for (int64_t h = 1; h < block; h *= 2) {
+    std::vector<float> next(x.size());
+    for (size_t i = 0; i < x.size(); ++i) {
+      next[i] = i & h ? x[i ^ h] - x[i] : x[i] + x[i ^ h];
+    }
+    x = next;
+  }
+  for (float& v : x) v *= static_cast<float>(1 / std::sqrt(static_cast<double>(block)));
+}
+
+void pack(const std::vector<int>& codes, int64_t n, int64_t k, int bits, Exact<uint32_t>& planes) {
+  std::memset(planes.get(), 0, sizeof(uint32_t) * planes.size());
+  for (int j = 0; j < bits; ++j) {
+    for (int64_t r = 0; r < n; ++r) {
+      for (int64_t i = 0; i < k; ++i) {
+        uint32_t bit = codes[r * k + i] >> (bits - 1 - j) & 1;
+        planes[(j * n + r) * words(k) + i / 32] |= bit << (i % 32);
+      }
+    }
+  }
+}
+
+// --- a problem with its buffers ---
+
+struct Problem {
+  Shape shape;
+  std::vector<Segment> segments;
+  Exact<uint32_t> planes;
+  std::vector<int> codes;
+  int bits;
+
+  Problem(const Shape& s, int bits, std::mt19937& random)
+      : shape(s), segments(segment_count(s.k, s.group)), planes(bits * s.n * words(s.k)),
+        codes(s.n * s.k), bits(bits) {
+    make_segments(s.k, s.group, segments.data());
+    for (int& c : codes) c = static_cast<int>(random() & ((1u << bits) - 1));
+    for (int64_t i = 0; i < s.k && s.n > 0; ++i) codes[i] = (1 << bits) - 1;  // the largest sums
+    pack(codes, s.n, s.k, bits, planes);
+  }
+
+  Product product(Method method, int act_bits, int64_t act_group) const {
+    Product p{};
+    p.act.m = shape.m;
+    p.act.k = shape.k;
+    p.act.bits = act_bits;
+    p.act.group_size = act_group;
+    p.w.planes = planes.get();
+    p.w.bits = bits;
+    p.w.n = shape.n;
+    p.w.groups = groups_of(shape);
+    p.method = method;
+    p.segments = segments.data();
+    p.segment_count = static_cast<int64_t>(segments.size());
+    int64_t act_groups = shape.k == 0 ? 1 : shape.k / act_group;
+    p.row = row_layout(shape.k, p.segment_count, act_groups, act_bits, method);
+    return p;
+  }
+};
+
+// Calls run(tile, m0, m1) as the XLA handlers do.
+template <typename Run>
+void for_tiles(const Kernels& kernels, const Shape& s, Run&& run) {
+  for (int64_t tile = 0; tile * kernels.lanes < s.n; ++tile) {
+    for (int64_t m0 = 0; m0 < s.m; m0 += kMaxRows) {
+      run(tile, m0, std::min<int64_t>(s.m, m0 + kMaxRows));
+    }
+  }
+}
+
+// --- integer products ---
+
+void test_integers(const Kernels& kernels, const Shape& s, int act_bits, int bits) {
+  std::mt19937 random(static_cast<unsigned>(s.k * 64 + act_bits * 8 + bits));
+  Problem problem(s, bits, random);
+  int64_t groups = groups_of(s);
+  std::vector<int> x(s.m * s.k);
+  for (int& c : x) c = static_cast<int>(random() & ((1u << act_bits) - 1));
+  for (int64_t i = 0; i < s.k && s.m > 0; ++i) x[i] = (1 << act_bits) - 1;
+
+  std::vector<int64_t> expected(s.m * s.n * groups);
+  for (int64_t m = 0; m < s.m; ++m) {
+    for (int64_t n = 0; n < s.n; ++n) {
+      for (int64_t i = 0; i < s.k; ++i) {
+        expected[(m * s.n + n) * groups + i / s.group] +=
+            odd(x[m * s.k + i], act_bits) * odd(problem.codes[n * s.k + i], bits);
+      }
+    }
+  }
+  for (Method method : {Method::kCodes, Method::kPlanes}) {
+    Product p = problem.product(method, act_bits, s.group);
+    Exact<uint8_t> workspace(s.m * p.row.bytes);
+    Exact<int32_t> out(s.m * s.n * groups);
+    std::memset(out.get(), 0, sizeof(int32_t) * out.size());  // the kernel adds
+    p.workspace = workspace.get();
+    p.out = out.get();
+    for (int64_t m = 0; m < s.m; ++m) {
+      Exact<uint8_t> padded(words(s.k) * kWordBits);
+      for (int64_t i = 0; i < padded.size(); ++i) {
+        padded[i] = i < s.k ? static_cast<uint8_t>(x[m * s.k + i]) : 0;
+      }
+      kernels.prologue_codes(p, m, padded.get());
+    }
+    for_tiles(kernels, s, [&](int64_t tile, int64_t m0, int64_t m1) {
+      kernels.int_product(p, tile, m0, m1);
+    });
+    bool equal = std::equal(expected.begin(), expected.end(), out.get(),
+                            [](int64_t a, int32_t b) { return a == b; });
+    check(equal, "integers " + name_of(kernels, s, act_bits, bits, method));
+  }
+}
+
+// --- float products ---
+
+// Relative error of `roundings` float32 roundings in a row.
+double gamma(double roundings) { return roundings * 0x1p-24 / (1 - roundings * 0x1p-24); }
+
+void test_product(const Kernels& kernels, const Shape& s, int act_bits, int bits, Method method,
+                  bool offsets, bool token, int64_t block) {
+  std::mt19937 random(static_cast<unsigned>(s.k * 64 + act_bits * 8 + bits));
+  std::normal_distribution<float> normal;
+  Problem problem(s, bits, random);
+  int64_t groups = groups_of(s), act_group = token ? s.k : s.group;
+  Product p = problem.product(method, act_bits, act_group);
+
+  Exact<float> x(s.m * s.k), scales(s.n * groups), minima(s.n * groups), bias(s.n);
+  Exact<float> out(s.m * s.n);
+  Exact<uint32_t> signs(words(s.k));
+  for (int64_t i = 0; i < x.size(); ++i) x[i] = normal(random);
+  for (int64_t i = 0; i < scales.size(); ++i) scales[i] = 0.01f + std::fabs(normal(random));
+  for (int64_t i = 0; i < minima.size(); ++i) minima[i] = normal(random);
+  for (int64_t i = 0; i < bias.size(); ++i) bias[i] = normal(random);
+  for (int64_t i = 0; i < signs.size(); ++i) signs[i] = random();
+  Exact<uint8_t> workspace(s.m * p.row.bytes);
+  p.act.x = x.get();
+  p.act.dtype = p.out_dtype = p.bias_dtype = p.w.scale_dtype = p.w.offset_dtype = DType::kF32;
+  p.act.block = block;
+  p.act.signs = signs.get();
+  p.w.scales = scales.get();
+  p.w.offsets = offsets ? minima.get() : nullptr;
+  p.bias = bias.get();
+  p.workspace = workspace.get();
+  p.out = out.get();
+  for (int64_t m = 0; m < s.m; ++m) {
+    Exact<float> scratch(scratch_floats(s.k));
+    kernels.prologue(p, m, scratch.get());
+  }
+  for_tiles(kernels, s, [&](int64_t tile, int64_t m0, int64_t m1) {
+    kernels.product(p, tile, m0, m1);
+  });
+
+  // Roundings in the way of a term, as tests/oracle.py counts them.
+  double count = act_bits == 0
+                     ? 4 + std::min<int64_t>(s.group, kPanelK) + 2.0 * p.segment_count
+                     : 8.0 + p.segment_count;
+  bool ok = true;
+  for (int64_t m = 0; m < s.m; ++m) {
+    std::vector<float> row(x.get() + m * s.k, x.get() + (m + 1) * s.k);
+    if (block != 0) naive_rotate(row, block, signs.get());
+    std::vector<double> seen(row.begin(), row.end());
+    for (int64_t g = 0; act_bits != 0 && g < s.k; g += act_group) {
+      float scale = naive_scale(row.data() + g, act_group, act_bits);
+      for (int64_t i = g; i < g + act_group; ++i) {
+        seen[i] = static_cast<double>(scale) * odd(naive_code(row[i], scale, act_bits), act_bits);
+      }
+    }
+    for (int64_t n = 0; n < s.n; ++n) {
+      double y = bias[n], size = std::fabs(bias[n]);
+      for (int64_t i = 0; i < s.k; ++i) {
+        double scale = scales[n * groups + i / s.group], low = minima[n * groups + i / s.group];
+        int code = problem.codes[n * s.k + i];
+        y += seen[i] * (offsets ? 2 * scale * code + low : scale * odd(code, bits));
+        size += std::fabs(seen[i]) * (2 * scale * max_level(bits) + (offsets ? std::fabs(low) : 0));
+      }
+      ok = ok && std::fabs(out[m * s.n + n] - y) <= gamma(count) * size;
+    }
+  }
+  check(ok, "product " + name_of(kernels, s, act_bits, bits, method) + (offsets ? " offsets" : "") +
+                (token ? " token" : "") + (block ? " rotated" : ""));
+}
+
+// --- the prologue ---
+
+void test_quantizer(const Kernels& kernels, int64_t k, int64_t group, int64_t block, int bits) {
+  std::mt19937 random(static_cast<unsigned>(k + bits));
+  std::normal_distribution<float> normal;
+  const float edges[] = {0.0f, -0.0f, 0x1p-149f, 1e-40f, 1e-31f, 1e-20f, 1e20f, 1e30f, 3e38f,
+                         INFINITY, -INFINITY, NAN, 0.5f, -1.0f};
+  constexpr int64_t kEdges = std::size(edges);
+  Exact<float> x(2 * kEdges * k);
+  for (int64_t m = 0; m < 2 * kEdges; ++m) {
+    for (int64_t i = 0; i < k; ++i) {
+      x[m * k + i] = m < kEdges ? edges[m] : normal(random);
+    }
+    if (m >= kEdges) x[m * k + k - 1] = edges[m - kEdges];
+  }
+  Exact<uint32_t> signs(words(k));
+  for (int64_t i = 0; i < signs.size(); ++i) signs[i] = random();
+  Activations a{x.get(), DType::kF32, 2 * kEdges, k, bits, group, block, signs.get()};
+  bool ok = true;
+  for (int64_t m = 0; m < a.m; ++m) {
+    Exact<float> scratch(scratch_floats(k)), scales(k / group);
+    Exact<uint8_t> codes(k);
+    kernels.quantize(a, m, scratch.get(), codes.get(), scales.get());
+    std::vector<float> row(x.get() + m * k, x.get() + (m + 1) * k);
+    if (block != 0) naive_rotate(row, block, signs.get());
+    for (int64_t g = 0; g < k / group; ++g) {
+      float scale = naive_scale(row.data() + g * group, group, bits);
+      ok = ok && (std::isnan(scale) ? std::isnan(scales[g]) : scales[g] == scale);
+      for (int64_t i = g * group; i < (g + 1) * group; ++i) {
+        ok = ok && codes[i] == naive_code(row[i], scale, bits);
+      }
+    }
+  }
+  check(ok, std::string("quantizer ") + kernels.name + " k=" + std::to_string(k) + " group=" +
+                std::to_string(group) + " block=" + std::to_string(block) + " bits=" +
+                std::to_string(bits));
+}
+
+// Halves are read and written as the nearest, ties to even; NaN stays NaN.
+void test_half_types(const Kernels& kernels) {
+  const float values[] = {0.0f, 1.0f, -1.5f, 1.00390625f, 1.01171875f, 65504.0f, 65520.0f,
+                          0x1p-24f, 0x1.8p-25f, 0x1p-26f, INFINITY, -INFINITY, NAN};
+  Shape s{static_cast<int64_t>(std::size(values)), 1, 1, 1};
+  std::mt19937 random(1);
+  Problem problem(s, 1, random);
+  float one = 1;
+  for (DType dtype : {DType::kF16, DType::kBF16}) {
+    Product p = problem.product(Method::kFloat, 0, 1);
+    Exact<uint8_t> workspace(s.m * p.row.bytes);
+    Exact<uint16_t> out(s.m);
+    p.act.x = values;
+    p.act.dtype = p.w.scale_dtype = DType::kF32;
+    p.w.scales = &one;
+    p.workspace = workspace.get();
+    p.out = out.get();
+    p.out_dtype = dtype;
+    for (int64_t m = 0; m < s.m; ++m) {
+      Exact<float> scratch(scratch_floats(s.k));
+      kernels.prologue(p, m, scratch.get());
+    }
+    kernels.product(p, 0, 0, s.m);
+    bool ok = true;
+    for (int64_t m = 0; m < s.m; ++m) {
+      // x 2 - x, since the only weight is code 1: infinities cancel to NaN.
+      float y = std::isfinite(values[m]) ? values[m] : NAN;
+      uint16_t expected;
+      if (dtype == DType::kF16) {
+        Half half = static_cast<Half>(y);
+        std::memcpy(&expected, &half, 2);
+      } else {
+        uint32_t bits;
+        std::memcpy(&bits, &y, 4);
+        uint32_t low = bits & 0xffff, high = bits >> 16;
+        bool up = low > 0x8000 || (low == 0x8000 && (high & 1));
+        expected = static_cast<uint16_t>(high + up);
+      }
+      uint16_t exponent = dtype == DType::kF16 ? 0x7c00 : 0x7f80;
+      bool nan = (out[m] & 0x7fff) > exponent;
+      ok = ok && (std::isnan(y) ? nan : out[m] == expected);
+    }
+    check(ok, std::string("half types ") + kernels.name + (dtype == DType::kF16 ? " f16" : " bf16"));
+  }
+}
+
+const Shape kAllPairs[] = {{3, 17, 65, 65}, {5, 5, 96, 32}, {1, 33, 257, 257}};
+
+const Shape kShapes[] = {
+    {0, 5, 33, 33},   {5, 0, 33, 33},    {3, 4, 0, 0},      {1, 1, 1, 1},      {2, 3, 2, 2},
+    {4, 16, 31, 31},  {8, 15, 32, 32},   {9, 17, 33, 33},   {15, 31, 63, 63},  {3, 32, 127, 127},
+    {2, 33, 1000, 1000}, {129, 3, 64, 64}, {257, 1, 65, 65}, {1, 65, 288, 32}, {7, 2, 576, 64},
+    {2, 8, 384, 128}, {3, 9, 640, 320},  {2, 7, 1056, 352}, {1, 2, 1024, 32},
+};
+
+void test_kernels(const Kernels& kernels) {
+  for (int a = 1; a <= kMaxBits; ++a) {
+    for (int w = 1; w <= kMaxBits; ++w) {
+      for (const Shape& s : kAllPairs) test_integers(kernels, s, a, w);
+      for (bool offsets : {false, true}) {
+        test_product(kernels, {3, 17, 96, 32}, a, w, Method::kCodes, offsets, offsets, 0);
+        test_product(kernels, {3, 17, 96, 32}, a, w, Method::kPlanes, offsets, !offsets, 0);
+      }
+    }
+  }
+  for (const Shape& s : kShapes) {
+    for (int bits : {1, 3, 8}) {
+      test_integers(kernels, s, bits, 9 - bits);
+      test_integers(kernels, s, bits, bits);
+      for (bool offsets : {false, true}) {
+        test_product(kernels, s, bits, 4, Method::kCodes, offsets, false, 0);
+        test_product(kernels, s, bits, 3, Method::kPlanes, offsets, true, 0);
+        test_product(kernels, s, 0, bits, Method::kFloat, offsets, false, 0);
+      }
+    }
+  }
+  for (int64_t block : {64, 128}) {
+    for (int act_bits : {0, 4, 8}) {
+      Method method = act_bits == 0 ? Method::kFloat : Method::kCodes;
+      test_product(kernels, {3, 9, 256, 64}, act_bits, 4, method, true, true, block);
+    }
+  }
+  // Longer than int32 holds: segments keep each integer small.
+  test_product(kernels, {1, 2, 70000, 70000}, 8, 8, Method::kCodes, false, false, 0);
+  test_product(kernels, {1, 2, 70000, 70000}, 8, 8, Method::kPlanes, true, false, 0);
+  for (int bits = 1; bits <= kMaxBits; ++bits) {
+    test_quantizer(kernels, 96, 32, 0, bits);
+    test_quantizer(kernels, 33, 33, 0, bits);
+    test_quantizer(kernels, 1, 1, 0, bits);
+    test_quantizer(kernels, 192, 64, 64, bits);
+    test_quantizer(kernels, 256, 256, 128, bits);
+  }
+  test_half_types(kernels);
+}
+
+}  // namespace
+
+int main() {
+  for (const Kernels* kernels : available_kernels()) test_kernels(*kernels);
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}
