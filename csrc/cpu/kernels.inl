@@ -183,8 +183,10 @@ void load_panel(const Product& p, int64_t n0, Panel& panel) {
   int total = last.word + last.words - first_word;
   int rows = static_cast<int>(min64(L, p.w.n - n0));
   for (int j = 0; j < W; ++j) {
-    Isa::load_words(p.w.planes + (j * p.w.n + n0) * nwords + first_word, nwords, rows, total,
-                    panel.words[j]);
+    const uint32_t* plane = p.w.planes + (j * p.w.n + n0) * nwords + first_word;
+    Isa::load_words(plane, nwords, rows, total, panel.words[j]);
+    // The same panel of the next tile: rows are too far apart for the hardware to see it coming.
+    for (int64_t n = L; n < min64(2 * L, p.w.n - n0); ++n) __builtin_prefetch(plane + n * nwords);
   }
   for (int s = 0, t = 0; s < panel.count; ++s) {
     V sum = Isa::zero();
