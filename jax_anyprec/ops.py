@@ -93,6 +93,8 @@ def quantize_activations(
 ) -> tuple[jax.Array, jax.Array]:
     """What `matmul` does to its activations: rotate, take absmax scales, round to codes.
 
+    Not differentiable; `matmul` is, straight through the rounding.
+
     Args:
       x: ``float[..., K]``; float32, bfloat16 or float16.
       bits: 1 to 8.

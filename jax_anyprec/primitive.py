@@ -287,12 +287,13 @@ def _define(
     abstract: Callable[..., Any],
     run_cpu: Callable[..., Any],
     run_xla: Callable[..., Any],
+    multiple_results: bool = False,
 ) -> Primitive:
     primitive = Primitive(f"jax_anyprec_{name}")
-    primitive.multiple_results = name == "quantize"
+    primitive.multiple_results = multiple_results
     primitive.def_abstract_eval(abstract)
     on_cpu, elsewhere = _lower_with(run_cpu, run_xla)
-    lower = functools.partial(mlir.lower_fun, multiple_results=primitive.multiple_results)
+    lower = functools.partial(mlir.lower_fun, multiple_results=multiple_results)
     mlir.register_lowering(primitive, lower(on_cpu), platform="cpu")
     mlir.register_lowering(primitive, lower(elsewhere))
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
@@ -310,7 +311,9 @@ def _define(
     return primitive
 
 
-quantize_activations_p = _define("quantize", _quantize_abstract, _quantize_cpu, _quantize_reference)
+quantize_activations_p = _define(
+    "quantize", _quantize_abstract, _quantize_cpu, _quantize_reference, multiple_results=True
+)
 int_matmul_p = _define("int_matmul", _int_matmul_abstract, _int_matmul_cpu, _int_matmul_reference)
 matmul_p = _define("matmul", _matmul_abstract, _matmul_cpu, _matmul_reference)
 ad.primitive_jvps[matmul_p] = _matmul_jvp

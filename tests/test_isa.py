@@ -23,7 +23,8 @@ TESTS = (
 
 def run(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
+        # -P keeps the working directory, a source tree without the extension, off the path.
+        [sys.executable, "-P", "-W", "error", *arguments],
         capture_output=True, text=True, timeout=600, check=False,
         env={**os.environ, "JAX_ANYPREC_ISA": isa},
     )  # fmt: skip

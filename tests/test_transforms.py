@@ -463,7 +463,7 @@ def test_threads_share_a_compiled_function() -> None:
 
 def in_subprocess(code: str, **env: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
+        [sys.executable, "-P", "-W", "error", "-c", code],
         capture_output=True, text=True, timeout=120, env={**os.environ, **env}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -317,7 +317,7 @@ inline void dot_floats(const Product& p, int64_t m, const Panel& panel, const Se
   }
 }
 
-// sum u_w c_x or sum u_w u_x to sum u_w q_x times 2: 4 acc + shared, with q_x = 2 u_x - L_x.
+// With acc = sum u_w c_x (codes) or sum u_w u_x (planes), 4 acc + shared_term is sum 2 u_w q_x.
 inline V shared_term(const Product& p, V code_sums) {
   int zero_point = p.method == Method::kCodes && p.act.bits == 8 ? 128 : 0;
   int factor = 4 * zero_point - 2 * max_level(p.act.bits);

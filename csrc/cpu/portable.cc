@@ -57,9 +57,9 @@ struct Isa {
   // out[t] lane n = word t of row n, for n < rows and t < words; other lanes are 0.
   static void load_words(const uint32_t* p, int64_t stride, int rows, int words, V* out) {
     for (int t = 0; t < words; ++t) {
-      V v = zero();
-      for (int n = 0; n < rows; ++n) v[n] = static_cast<int32_t>(p[n * stride + t]);
-      out[t] = v;
+      int32_t lanes[kLanes] = {};
+      for (int n = 0; n < rows; ++n) std::memcpy(&lanes[n], p + n * stride + t, 4);
+      std::memcpy(&out[t], lanes, sizeof lanes);
     }
   }
 
