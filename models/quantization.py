@@ -11,9 +11,6 @@ from flax import nnx
 
 import jax_anyprec as ap
 
-# Compiled once for each shape: several times faster than one operation after another.
-_quantize = jax.jit(ap.quantize, static_argnames=("bits", "group_size", "scales", "rotation"))
-
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
@@ -49,9 +46,9 @@ class Quantization:
         """Quantize a float matrix ``float[K, N]`` to `weights` bits."""
         if self.weights is None:
             raise ValueError("Quantization.weights must be set (1 to 8) to quantize float weights")
-        return _quantize(
+        return ap.quantize(
             kernel,
-            bits=self.weights,
+            self.weights,
             group_size=self.group_size,
             scales=self.scales or ("mse" if self.rotate else "absmax"),
             rotation=ap.Rotation.for_size(kernel.shape[0]) if self.rotate else None,
