@@ -19,6 +19,16 @@ constexpr float kZeroLevel = 0x1p-24f;
 // Largest odd integer of the format, also the largest code.
 constexpr int max_level(int bits) { return (1 << bits) - 1; }
 
+// Activations of so many bits and more are on even integers, which have a zero.
+constexpr int kZeroBits = 5;
+
+// Codes u of activations stand for 2 u - act_centre(bits), of magnitude act_max_level at most when
+// they come from floats.
+constexpr int act_centre(int bits) { return bits < kZeroBits ? max_level(bits) : 1 << bits; }
+constexpr int act_max_level(int bits) {
+  return bits < kZeroBits ? max_level(bits) : (1 << bits) - 2;
+}
+
 constexpr int64_t words(int64_t k) { return (k + kWordBits - 1) / kWordBits; }
 
 }  // namespace anyprec

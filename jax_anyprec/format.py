@@ -31,6 +31,10 @@ ZERO_LEVEL = 2.0**-24
 """Levels ``x / (2 s)`` of a smaller magnitude count as 0, whether subnormals are flushed or not."""
 
 
+ZERO_BITS = 5
+"""Activations of so many bits and more are on even integers, which have a zero."""
+
+
 def namespace(x: Any) -> ModuleType:
     """`numpy` for NumPy arrays and scalars, else `jax.numpy`."""
     return np if isinstance(x, np.ndarray | np.generic) else jnp
@@ -69,6 +73,26 @@ def codes_to_ints(codes: Any, bits: int) -> Any:
     return 2 * codes.astype(np.int32) - max_level(bits)
 
 
+def act_centre(bits: int) -> int:
+    """What codes ``u`` of activations stand for is ``2 u - act_centre(bits)``.
+
+    Below ZERO_BITS that is the odd integers of the bipolar format. From there on it is the even
+    ones, -2**bits and up: the grid moves by one, so that values much smaller than the largest
+    become 0 and not plus or minus one scale, at the price of one level in 2**bits.
+    """
+    return max_level(bits) if bits < ZERO_BITS else 1 << bits
+
+
+def act_max_level(bits: int) -> int:
+    """Largest magnitude that activations are scaled to; the grid is used symmetrically."""
+    return max_level(bits) if bits < ZERO_BITS else (1 << bits) - 2
+
+
+def act_codes_to_ints(codes: Any, bits: int) -> Any:
+    """Codes ``uint8[...]`` of activations to their integers, ``int32[...]``."""
+    return 2 * codes.astype(np.int32) - act_centre(bits)
+
+
 def encode(x: Any, scales: Any, bits: int) -> Any:
     """Nearest codes of ``x ~ scales * q``; ``uint8`` of the broadcast shape.
 
@@ -79,13 +103,37 @@ def encode(x: Any, scales: Any, bits: int) -> Any:
     the rounding, and all implementations agree bit for bit.
     """
     xp = namespace(x)
+    level = _levels(x, scales)
+    level = xp.where(xp.abs(level) < np.float32(ZERO_LEVEL), np.float32(0), xp.floor(level))
+    return _clip_to_codes(level, -(1 << (bits - 1)), bits)
+
+
+def act_encode(x: Any, scales: Any, bits: int) -> Any:
+    """Nearest codes of activations ``x ~ scales * (2 u - act_centre)``, as `encode` gives them.
+
+    From ZERO_BITS on ``u = clip(rint(x * (0.5 / s)) + 2**(bits - 1), 1, 2**bits - 1)``, ties to
+    even; NaN gets code 1. Again one product feeds the rounding.
+    """
+    if bits < ZERO_BITS:
+        return encode(x, scales, bits)
+    level = namespace(x).rint(_levels(x, scales))
+    return _clip_to_codes(level, 1 - (1 << (bits - 1)), bits)
+
+
+def _levels(x: Any, scales: Any) -> Any:
+    """``x * (0.5 / scales)``, and 0 where a scale is not usable; float32."""
+    xp = namespace(x)
     half, one = np.float32(0.5), np.float32(1)
     usable = (scales >= np.float32(MIN_SCALE)) & (scales <= np.float32(MAX_SCALE))
     inverse = xp.where(usable, half / xp.where(usable, scales, one), np.float32(0))
     with np.errstate(over="ignore", invalid="ignore"):
-        level = x.astype(np.float32) * inverse
-    level = xp.where(xp.abs(level) < np.float32(ZERO_LEVEL), np.float32(0), xp.floor(level))
-    low, high = np.float32(-(1 << (bits - 1))), np.float32((1 << (bits - 1)) - 1)
+        return x.astype(np.float32) * inverse
+
+
+def _clip_to_codes(level: Any, lowest: int, bits: int) -> Any:
+    """Whole levels to codes, clipped to `lowest` and the largest; NaN becomes the lowest."""
+    xp = namespace(level)
+    low, high = np.float32(lowest), np.float32((1 << (bits - 1)) - 1)
     level = xp.where(level >= low, level, low)  # also where level is NaN
     level = xp.where(level <= high, level, high)
     return (level.astype(np.int32) + (1 << (bits - 1))).astype(np.uint8)

@@ -36,8 +36,8 @@ def matmul(
         NaN (in the groups that hold it, with act_scales="group").
       w: `QuantizedTensor` of shape ``(K, N)``; for stacked tensors use `jax.vmap`.
       bias: ``float[N]`` or None.
-      act_bits: 1 to 8, or None for float activations. Scales are the largest magnitude over
-        ``2**act_bits - 1``.
+      act_bits: 1 to 8, or None for float activations. Up to 4 bits they are rounded to the odd
+        integers of the format, from 5 bits on to even ones, so that zeros stay zeros.
       act_scales: "group" gives each token one activation scale for each weight group, "token" one
         for all of K (faster; accurate only for rotated or well-behaved activations).
       out_dtype: float32, bfloat16 or float16; that of `x` by default. Sums are kept in float32.
@@ -103,8 +103,9 @@ def quantize_activations(
       implementation: None, "xla" or "cpu".
 
     Returns:
-      codes ``uint8[..., K]`` and scales ``float32[..., groups]``:
-      ``x ~ scales * (2 codes - (2**bits - 1))``.
+      codes ``uint8[..., K]`` and scales ``float32[..., groups]``, the largest magnitude over the
+      largest level: ``x ~ scales * (2 codes - (2**bits - 1))`` up to 4 bits,
+      ``x ~ scales * (2 codes - 2**bits)`` from 5 bits on.
     """
     bits = fmt.check_bits(bits)
     x = check_floats(x, "x", min_ndim=1)
@@ -128,7 +129,8 @@ def int_matmul(
     """The integer core of `matmul`: ``sum_k q_x q_w`` over each group of `w`.
 
     Args:
-      codes: ``uint8[..., K]``, each below ``2**act_bits``; higher bits are undefined.
+      codes: ``uint8[..., K]``, each below ``2**act_bits``; higher bits are undefined. They stand
+        for the integers that `quantize_activations` says.
       w: `QuantizedTensor` of shape ``(K, N)``; its scales and offsets play no part.
       act_bits: 1 to 8.
       implementation: as for `matmul`.

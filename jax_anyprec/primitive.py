@@ -230,7 +230,7 @@ def _seen_activations(x: jax.Array, p: Params) -> jax.Array:
     codes, scales = reference.quantize_activations(
         x, bits=p["act_bits"], group_size=group_size, rotation=p["rotation"]
     )
-    q = fmt.codes_to_ints(codes, p["act_bits"]).astype(jnp.float32)
+    q = fmt.act_codes_to_ints(codes, p["act_bits"]).astype(jnp.float32)
     grouped = q.reshape(*scales.shape, group_size)
     seen = (grouped * scales[..., None]).reshape(x.shape)
     return rotated + jax.lax.stop_gradient(seen - rotated)

@@ -78,14 +78,14 @@ def quantize(
     return tensor
 
 
-def absmax_scales(x: Any, bits: int) -> Any:
-    """Scales ``float32[...]`` that map the largest magnitude of the last axis to the largest level.
+def absmax_scales(x: Any, largest: int) -> Any:
+    """Scales ``float32[...]`` that map the largest magnitude of the last axis to level `largest`.
 
     0 where that is below MIN_SCALE; NaN where it is above MAX_SCALE or any value is NaN or
     infinite, so that bad input shows in the output instead of being clipped.
     """
     xp = fmt.namespace(x)
-    scales = _absmax(x) * np.float32(1 / fmt.max_level(bits))
+    scales = _absmax(x) * np.float32(1 / largest)
     scales = xp.where(scales < np.float32(fmt.MIN_SCALE), np.float32(0), scales)
     return xp.where(scales <= np.float32(fmt.MAX_SCALE), scales, np.float32(np.nan))
 
@@ -133,7 +133,7 @@ def _quantize(
         rows = rotation.apply(rows)
     groups = group_count(rows.shape[-1], group_size)
     grouped = rows.reshape(*rows.shape[:-1], groups, group_size)
-    scales = absmax_scales(grouped, bits) if given is None else given
+    scales = absmax_scales(grouped, fmt.max_level(bits)) if given is None else given
     if method == "mse":
         scales = _least_error_scales(grouped, scales, bits)
     kept = scales.astype(scale_dtype)

@@ -17,7 +17,7 @@ INT32_LIMIT = 2**31
 
 def fits_int32(group_size: int, act_bits: int, weight_bits: int) -> bool:
     """Whether the integer product of one group always fits int32."""
-    return group_size * fmt.max_level(act_bits) * fmt.max_level(weight_bits) < INT32_LIMIT
+    return group_size * fmt.act_centre(act_bits) * fmt.max_level(weight_bits) < INT32_LIMIT
 
 
 def rotate(x: jax.Array, rotation: Rotation | None) -> jax.Array:
@@ -31,8 +31,8 @@ def quantize_activations(
     """``float[M, K]`` to codes ``uint8[M, K]`` and scales ``float32[M, K / group_size]``."""
     m, k = x.shape
     grouped = rotate(x, rotation).reshape(m, group_count(k, group_size), group_size)
-    scales = absmax_scales(grouped, bits)
-    return fmt.encode(grouped, scales[..., None], bits).reshape(m, k), scales
+    scales = absmax_scales(grouped, fmt.act_max_level(bits))
+    return fmt.act_encode(grouped, scales[..., None], bits).reshape(m, k), scales
 
 
 def int_matmul(codes: jax.Array, planes: jax.Array, *, act_bits: int, group_size: int) -> jax.Array:
@@ -92,7 +92,7 @@ def _scaled_product(
         by_group = scales * dots.astype(jnp.float32)
     else:
         # w = 2 s u + offset = s q + (offset + s L), so the centre of the grid meets the sum of q_x.
-        q = fmt.codes_to_ints(codes, act_bits).reshape(m, groups, group_size)
+        q = fmt.act_codes_to_ints(codes, act_bits).reshape(m, groups, group_size)
         sums = q.sum(-1, dtype=jnp.int32).astype(jnp.float32)
         centre = offsets.astype(jnp.float32) + scales * fmt.max_level(planes.shape[-3])
         by_group = scales * dots.astype(jnp.float32) + centre * sums[:, None, :]
@@ -104,7 +104,7 @@ def _grouped_dot(
 ) -> jax.Array:
     m, k = codes.shape
     n, groups = planes.shape[-2], group_count(k, group_size)
-    q_x = fmt.codes_to_ints(codes, act_bits).astype(dtype).reshape(m, groups, group_size)
+    q_x = fmt.act_codes_to_ints(codes, act_bits).astype(dtype).reshape(m, groups, group_size)
     u_w = fmt.unpack_planes(planes, k)
     q_w = fmt.codes_to_ints(u_w, planes.shape[-3]).astype(dtype).reshape(n, groups, group_size)
     return jnp.einsum("mgk,ngk->mng", q_x, q_w, precision="highest", preferred_element_type=dtype)

@@ -18,6 +18,8 @@ OUT_ROUNDOFF = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 OUT_TINY = {"float32": 0.0, "bfloat16": 2.0**-133, "float16": 2.0**-24}
 """Absolute error of the last cast where its result is subnormal."""
 
+ZERO_BITS = 5
+"""Activations of so many bits and more are even integers."""
 MIN_SCALE, MAX_SCALE, ZERO_LEVEL = 2.0**-100, 2.0**100, 2.0**-24
 SEGMENT = 256
 """Longest stretch of K that a kernel sums before it applies scales."""
@@ -49,6 +51,16 @@ def ints(codes: np.ndarray, bits: int) -> np.ndarray:
     return 2 * codes.astype(np.int64) - (2**bits - 1)
 
 
+def act_integer(code: int, bits: int) -> int:
+    """The integer of an activation's code: from ZERO_BITS on one less, which is even."""
+    return odd_integer(code, bits) - (bits >= ZERO_BITS)
+
+
+def act_ints(codes: np.ndarray, bits: int) -> np.ndarray:
+    """`act_integer` of an array, ``int64``."""
+    return ints(codes, bits) - (bits >= ZERO_BITS)
+
+
 # --- products ---
 
 
@@ -58,7 +70,7 @@ def int_product(
     """Codes ``[M, K]`` and ``[N, K]`` to the sums of each group, ``int64[M, N, groups]``."""
     m, k = x.shape
     groups = k // group_size if k else 1
-    qx = ints(x, act_bits).reshape(m, groups, group_size)
+    qx = act_ints(x, act_bits).reshape(m, groups, group_size)
     qw = ints(w, weight_bits).reshape(len(w), groups, group_size)
     return np.einsum("mgk,ngk->mng", qx, qw)
 
@@ -69,7 +81,7 @@ def int_product_slowly(
     """The same in Python integers."""
     k = x.shape[1]
     starts = range(0, k, group_size) if k else [0]
-    qx = [[odd_integer(int(u), act_bits) for u in row] for row in x]
+    qx = [[act_integer(int(u), act_bits) for u in row] for row in x]
     qw = [[odd_integer(int(u), weight_bits) for u in row] for row in w]
 
     def dot(a: list[int], b: list[int], start: int) -> int:
@@ -139,6 +151,25 @@ def encode(values: Iterable[np.float32], scale: np.float32, bits: int) -> list[i
 
 
 @np.errstate(all="ignore")
+def act_encode(values: Iterable[np.float32], scale: np.float32, bits: int) -> list[int]:
+    """Codes of activations that share a scale: from ZERO_BITS on to the nearest even integer."""
+    if bits < ZERO_BITS:
+        return encode(values, scale, bits)
+    usable = MIN_SCALE <= scale <= MAX_SCALE
+    inverse = np.float32(0.5) / scale if usable else np.float32(0)
+    half = 2 ** (bits - 1)
+
+    def code(level: float) -> int:
+        if math.isnan(level):
+            return 1
+        if math.isinf(level):
+            return 1 if level < 0 else 2 * half - 1
+        return min(max(round(level) + half, 1), 2 * half - 1)  # round: ties to even
+
+    return [code(float(np.float32(x) * inverse)) for x in values]
+
+
+@np.errstate(all="ignore")
 def quantize_activations(
     x: np.ndarray, bits: int, group_size: int, rotation: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -153,13 +184,13 @@ def quantize_activations(
         for g in range(k // group_size if k else 0):
             part = slice(g * group_size, (g + 1) * group_size)
             largest = np.max(np.abs(x[i, part]))  # NaN if one is NaN
-            scale = largest * np.float32(1 / (2**bits - 1))
+            scale = largest * np.float32(1 / (2**bits - 1 - (bits >= ZERO_BITS)))
             if not scale <= MAX_SCALE:
                 scale = np.float32(np.nan)
             elif scale < MIN_SCALE:
                 scale = np.float32(0)
             scales[i, g] = scale
-            codes[i, part] = encode(x[i, part], scale, bits)
+            codes[i, part] = act_encode(x[i, part], scale, bits)
     return codes, scales
 
 
@@ -229,8 +260,8 @@ def quantized_matmul(
     rows, sizes = rows_of(*w)
     group_size = k // w[2].shape[-1] if k else 0
     s = np.repeat(act_scales.astype(np.float64), k // act_scales.shape[-1], axis=-1)
-    values = s * ints(codes, act_bits)
-    fits = group_size * (2**act_bits - 1) * (2 ** w[1] - 1) < 2**31
+    values = s * act_ints(codes, act_bits)
+    fits = group_size * (2**act_bits) * (2 ** w[1] - 1) < 2**31
     roundings = 8 + (segments(k, group_size) if fits else k)
     return _bounded(values, rows, sizes, roundings, bias, out_dtype)
 

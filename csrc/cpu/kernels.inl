@@ -59,7 +59,7 @@ inline void load_row(const Activations& a, int64_t m, float* row) {
   hadamard(row, a.k, a.block);
 }
 
-// absmax / (2^bits - 1); 0 if too small, NaN if too large or not finite. As unsigned integers,
+// absmax / act_max_level; 0 if too small, NaN if too large or not finite. As unsigned integers,
 // magnitudes keep their order, and infinity and NaN come out largest.
 inline float absmax_scale(const float* x, int64_t n, int bits) {
   uint32_t largest = 0;
@@ -71,20 +71,22 @@ inline float absmax_scale(const float* x, int64_t n, int bits) {
   }
   float absmax;
   std::memcpy(&absmax, &largest, 4);
-  float scale = absmax * static_cast<float>(1.0 / max_level(bits));
+  float scale = absmax * static_cast<float>(1.0 / act_max_level(bits));
   if (!(scale <= kMaxScale)) return __builtin_nanf("");
   return scale >= kMinScale ? scale : 0.0f;
 }
 
-// u = clip(floor(x * (0.5 / s)) + 2^(bits-1)); see encode() in jax_anyprec/format.py.
+// See encode() and act_encode() in jax_anyprec/format.py.
 inline void encode(const float* x, int64_t n, float scale, int bits, uint8_t* codes) {
   float inverse = scale >= kMinScale && scale <= kMaxScale ? 0.5f / scale : 0.0f;
   int half = 1 << (bits - 1);
-  float low = static_cast<float>(-half), high = static_cast<float>(half - 1);
+  bool has_zero = bits >= kZeroBits;
+  float low = static_cast<float>(has_zero - half), high = static_cast<float>(half - 1);
   for (int64_t i = 0; i < n; ++i) {
     float level = x[i] * inverse;
     float magnitude = __builtin_fabsf(level);
-    level = magnitude < kZeroLevel ? 0.0f : __builtin_floorf(level);
+    float floor = magnitude < kZeroLevel ? 0.0f : __builtin_floorf(level);
+    level = has_zero ? __builtin_rintf(level) : floor;
     level = level >= low ? level : low;
     level = level <= high ? level : high;
     codes[i] = static_cast<uint8_t>(static_cast<int32_t>(level) + half);
@@ -320,7 +322,7 @@ inline void dot_floats(const Product& p, int64_t m, const Panel& panel, const Se
 // With acc = sum u_w c_x (codes) or sum u_w u_x (planes), 4 acc + shared_term is sum 2 u_w q_x.
 inline V shared_term(const Product& p, V code_sums) {
   int zero_point = p.method == Method::kCodes && p.act.bits == 8 ? 128 : 0;
-  int factor = 4 * zero_point - 2 * max_level(p.act.bits);
+  int factor = 4 * zero_point - 2 * act_centre(p.act.bits);
   return Isa::mul(code_sums, Isa::broadcast(factor));
 }
 
@@ -336,7 +338,7 @@ inline void dot_ints(const Product& p, int64_t m, const Panel& panel, const Segm
 
 // sum of q_x over a segment.
 inline int32_t level_sum(const Product& p, int64_t m, int64_t s) {
-  return 2 * row_part<int32_t>(p, m, p.row.sums)[s] - p.segments[s].k * max_level(p.act.bits);
+  return 2 * row_part<int32_t>(p, m, p.row.sums)[s] - p.segments[s].k * act_centre(p.act.bits);
 }
 
 // ---------------------------------------------------------------------------------------------

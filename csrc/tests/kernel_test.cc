@@ -73,13 +73,16 @@ std::string name_of(const Kernels& kernels, const Shape& s, int act_bits, int bi
 
 int odd(int code, int bits) { return 2 * code - ((1 << bits) - 1); }
 
+// Activations of 5 bits and more are even.
+int act_int(int code, int bits) { return odd(code, bits) - (bits >= 5); }
+
 float naive_scale(const float* x, int64_t n, int bits) {
   float largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     if (std::isnan(x[i])) return NAN;
     largest = std::max(largest, std::fabs(x[i]));
   }
-  float scale = largest * static_cast<float>(1.0 / ((1 << bits) - 1));
+  float scale = largest * static_cast<float>(1.0 / ((1 << bits) - 1 - (bits >= 5)));
   if (scale > kMaxScale) return NAN;
   return scale < kMinScale ? 0 : scale;
 }
@@ -88,10 +91,12 @@ int naive_code(float x, float scale, int bits) {
   bool usable = scale >= kMinScale && scale <= kMaxScale;
   float level = x * (usable ? 0.5f / scale : 0.0f);
   int top = (1 << bits) - 1, half = 1 << (bits - 1);
-  if (std::isnan(level)) return 0;
-  if (std::isinf(level)) return level < 0 ? 0 : top;
+  int low = bits >= 5;
+  if (std::isnan(level)) return low;
+  if (std::isinf(level)) return level < 0 ? low : top;
   double steps = std::fabs(level) < kZeroLevel ? 0 : std::floor(static_cast<double>(level));
-  return static_cast<int>(std::min<double>(std::max<double>(steps + half, 0), top));
+  if (bits >= 5) steps = std::nearbyint(static_cast<double>(level));
+  return static_cast<int>(std::min<double>(std::max<double>(steps + half, low), top));
 }
 
 // Signs, then a Hadamard transform by the definition in the order that the format fixes.
@@ -183,7 +188,7 @@ void test_integers(const Kernels& kernels, const Shape& s, int act_bits, int bit
     for (int64_t n = 0; n < s.n; ++n) {
       for (int64_t i = 0; i < s.k; ++i) {
         expected[(m * s.n + n) * groups + i / s.group] +=
-            odd(x[m * s.k + i], act_bits) * odd(problem.codes[n * s.k + i], bits);
+            act_int(x[m * s.k + i], act_bits) * odd(problem.codes[n * s.k + i], bits);
       }
     }
   }
@@ -261,7 +266,7 @@ void test_product(const Kernels& kernels, const Shape& s, int act_bits, int bits
     for (int64_t g = 0; act_bits != 0 && g < s.k; g += act_group) {
       float scale = naive_scale(row.data() + g, act_group, act_bits);
       for (int64_t i = g; i < g + act_group; ++i) {
-        seen[i] = static_cast<double>(scale) * odd(naive_code(row[i], scale, act_bits), act_bits);
+        seen[i] = static_cast<double>(scale) * act_int(naive_code(row[i], scale, act_bits), act_bits);
       }
     }
     for (int64_t n = 0; n < s.n; ++n) {
