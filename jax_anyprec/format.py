@@ -24,6 +24,9 @@ WORD_BITS = 32
 
 MAX_BITS = 8
 
+TILE = 16
+"""Columns of one tile of a prepared tensor: lanes of the widest vectors."""
+
 MIN_SCALE, MAX_SCALE = 2.0**-100, 2.0**100
 """Range of usable scales: inside it no step of `encode` meets a float32 overflow or subnormal."""
 
@@ -31,7 +34,7 @@ ZERO_LEVEL = 2.0**-24
 """Levels ``x / (2 s)`` of a smaller magnitude count as 0, whether subnormals are flushed or not."""
 
 
-ZERO_BITS = 5
+ZERO_BITS = 4
 """Activations of so many bits and more are on even integers, which have a zero."""
 
 
@@ -162,6 +165,82 @@ def unpack_planes(planes: Any, k: int) -> Any:
     unpacked = octets.reshape(*planes.shape[:-1], planes.shape[-1] * WORD_BITS)[..., :k]
     weights = np.left_shift(1, np.arange(bits - 1, -1, -1)).astype(np.uint8)
     return (unpacked * weights[:, None, None]).sum(-3, dtype=np.uint8)
+
+
+def tile_planes(planes: Any) -> Any:
+    """Planes ``uint32[..., bits, N, words]`` to tiles ``uint32[..., ceil(N / TILE), words, bits,
+    TILE]``, in which each column's words of one stretch of 32 indices lie together as fields.
+
+    A tensor of `bits` bits is split as 4 + 2 + 1 (or 8), the low bits first. A part of c bits has c
+    words; the code of index ``8 b + q`` has its c bits in word ``q % c``, from bit
+    ``8 b + c (q // c)`` up. So a shift and a mask bring four codes, indices q, q + 8, q + 16 and
+    q + 24, into the four bytes of a lane. Columns past N are 0.
+    """
+    xp = namespace(planes)
+    pad = -planes.shape[-2] % TILE
+    planes = xp.pad(planes, [(0, 0)] * (planes.ndim - 2) + [(0, pad), (0, 0)])
+    words_by_bit = [planes[..., j, :, :] for j in reversed(range(planes.shape[-3]))]
+    fields = xp.stack(_swap_fields(words_by_bit), axis=-1)  # [..., N, words, bits]
+    fields = fields.reshape(*fields.shape[:-3], fields.shape[-3] // TILE, TILE, *fields.shape[-2:])
+    return xp.moveaxis(fields, -3, -1)
+
+
+def untile_planes(tiles: Any, n: int) -> Any:
+    """Tiles back to planes ``uint32[..., bits, n, words]``."""
+    xp = namespace(tiles)
+    fields = xp.moveaxis(tiles, -1, -3)
+    fields = fields.reshape(*fields.shape[:-4], fields.shape[-4] * TILE, *fields.shape[-2:])
+    return fields_to_planes(fields[..., :n, :, :])
+
+
+def fields_to_planes(fields: Any) -> Any:
+    """Columns of tiles ``uint32[..., N, words, bits]`` to planes ``[..., bits, N, words]``."""
+    words_by_bit = _swap_fields([fields[..., i] for i in range(fields.shape[-1])])
+    return namespace(fields).stack(words_by_bit[::-1], axis=-3)
+
+
+def tile_groups(x: Any) -> Any:
+    """Scales or offsets ``[..., N, groups]`` to ``[..., ceil(N / TILE), groups, TILE]``."""
+    xp = namespace(x)
+    pad = -x.shape[-2] % TILE
+    x = xp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, pad), (0, 0)])
+    x = x.reshape(*x.shape[:-2], x.shape[-2] // TILE, TILE, x.shape[-1])
+    return xp.swapaxes(x, -1, -2)
+
+
+def untile_groups(x: Any, n: int) -> Any:
+    """The inverse of `tile_groups`."""
+    x = namespace(x).swapaxes(x, -1, -2)
+    return x.reshape(*x.shape[:-3], x.shape[-3] * TILE, x.shape[-1])[..., :n, :]
+
+
+def _swap_fields(words_by_bit: list[Any]) -> list[Any]:
+    """Words of single bits, the low one first, to words of fields, and back: it is an involution.
+
+    Each part of c bits is a transposition of c x c bits, by log2(c) rounds of swaps.
+    """
+    swapped: list[Any] = []
+    for size in (8, 4, 2, 1):
+        if len(words_by_bit) & size:
+            part = words_by_bit[len(swapped) : len(swapped) + size]
+            for distance in (4, 2, 1):
+                if distance < size:
+                    _swap_blocks(part, distance)
+            swapped += part
+    return swapped
+
+
+_LOW_BITS = {4: 0x0F0F0F0F, 2: 0x33333333, 1: 0x55555555}
+
+
+def _swap_blocks(part: list[Any], distance: int) -> None:
+    """Swap the high bits of word i with the low bits of word i + distance, blocks of `distance`."""
+    low, shift = np.uint32(_LOW_BITS[distance]), np.uint32(distance)
+    for i in range(len(part)):
+        if not i & distance:
+            a, b = part[i], part[i + distance]
+            part[i] = (a & low) | ((b & low) << shift)
+            part[i + distance] = ((a >> shift) & low) | (b & ~low)
 
 
 def float_bits(x: Any) -> Any:

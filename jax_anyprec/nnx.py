@@ -13,7 +13,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 
 from . import ops
-from .format import check_bits
+from .format import TILE, check_bits, fields_to_planes
 from .quantize import quantize
 from .rotation import Rotation
 from .tensor import QuantizedTensor, check_tensor, dequantize_rows
@@ -195,13 +195,7 @@ class QuantEmbed(nnx.Module):
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise ValueError(f"inputs must be integers, got {inputs.dtype}")
         w = self.embedding.get_value()
-        ids = inputs.reshape(-1)
-        rows = dequantize_rows(
-            jnp.take(w.planes, ids, axis=1),
-            jnp.take(w.scales, ids, axis=0, fill_value=jnp.nan),
-            None if w.offsets is None else jnp.take(w.offsets, ids, axis=0),
-            w.k,
-        )
+        rows = dequantize_rows(*_rows_of(w, inputs.reshape(-1)), w.k)
         if w.rotation is not None:
             rows = w.rotation.invert(rows)
         return rows.reshape(*inputs.shape, self.features).astype(self.dtype or jnp.float32)
@@ -221,6 +215,27 @@ class QuantEmbed(nnx.Module):
     def from_tensor(cls, embedding: QuantizedTensor, **options: Any) -> QuantEmbed:
         """A layer around a packed table ``(features, num_embeddings)``."""
         return cls(embedding, **options)
+
+
+def _rows_of(w: QuantizedTensor, ids: jax.Array) -> tuple[Any, Any, Any]:
+    """Planes, scales and offsets of the columns `ids` of `w`; scales are NaN out of range."""
+    if not w.prepared:
+        planes = jnp.take(w.planes, ids, axis=1)
+        scales, offsets = (
+            None if x is None else jnp.take(x, ids, axis=0, fill_value=jnp.nan)
+            for x in (w.scales, w.offsets)
+        )
+        return planes, scales, offsets
+    n = w.shape[1]
+    ids = jnp.where(ids < 0, ids + n, ids)
+    known = (ids >= 0) & (ids < n)  # the last tile may be padded
+    tile, lane = jnp.where(known, ids // TILE, w.planes.shape[0]), ids % TILE
+    fields = w.planes.at[tile, :, :, lane].get(mode="fill", fill_value=0)
+    scales, offsets = (
+        None if x is None else x.at[tile, :, lane].get(mode="fill", fill_value=jnp.nan)
+        for x in (w.scales, w.offsets)
+    )
+    return fields_to_planes(fields), scales, offsets
 
 
 def _key(rngs: nnx.Rngs | None) -> jax.Array:

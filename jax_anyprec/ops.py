@@ -36,8 +36,8 @@ def matmul(
         NaN (in the groups that hold it, with act_scales="group").
       w: `QuantizedTensor` of shape ``(K, N)``; for stacked tensors use `jax.vmap`.
       bias: ``float[N]`` or None.
-      act_bits: 1 to 8, or None for float activations. Up to 4 bits they are rounded to the odd
-        integers of the format, from 5 bits on to even ones, so that zeros stay zeros.
+      act_bits: 1 to 8, or None for float activations. Up to 3 bits they are rounded to the odd
+        integers of the format, from 4 bits on to even ones, so that zeros stay zeros.
       act_scales: "group" gives each token one activation scale for each weight group, "token" one
         for all of K (faster; accurate only for rotated or well-behaved activations).
       out_dtype: float32, bfloat16 or float16; that of `x` by default. Sums are kept in float32.
@@ -77,6 +77,7 @@ def matmul(
         act_group_size=w.group_size if act_scales == "group" else k,
         group_size=w.group_size,
         rotation=w.rotation,
+        columns=w.columns,
         out_dtype=out_dtype,
         implementation=check_implementation(implementation, act_bits),
     )
@@ -104,8 +105,8 @@ def quantize_activations(
 
     Returns:
       codes ``uint8[..., K]`` and scales ``float32[..., groups]``, the largest magnitude over the
-      largest level: ``x ~ scales * (2 codes - (2**bits - 1))`` up to 4 bits,
-      ``x ~ scales * (2 codes - 2**bits)`` from 5 bits on.
+      largest level: ``x ~ scales * (2 codes - (2**bits - 1))`` up to 3 bits,
+      ``x ~ scales * (2 codes - 2**bits)`` from 4 bits on.
     """
     bits = fmt.check_bits(bits)
     x = check_floats(x, "x", min_ndim=1)
@@ -157,6 +158,7 @@ def int_matmul(
         w.planes,
         act_bits=act_bits,
         group_size=w.group_size,
+        columns=w.columns,
         implementation=check_implementation(implementation, act_bits),
     )
     return out.reshape(*codes.shape[:-1], n, w.groups)

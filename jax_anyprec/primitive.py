@@ -43,7 +43,10 @@ def matmul(
     bias: jax.Array | None,
     **params: Any,
 ) -> jax.Array:
-    """``float[M, K]`` and a packed ``[K, N]`` -> ``[M, N]`` in `out_dtype`."""
+    """``float[M, K]`` and a packed ``[K, N]`` -> ``[M, N]`` in `out_dtype`.
+
+    The packed operands are planes, or with ``columns=N`` those of a prepared tensor.
+    """
     optional = [v for v in (offsets, bias) if v is not None]
     flags = {"has_offsets": offsets is not None, "has_bias": bias is not None}
     return matmul_p.bind(x, planes, scales, *optional, **flags, **params)
@@ -57,12 +60,25 @@ def _quantize_reference(x: jax.Array, **p: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _int_matmul_reference(codes: jax.Array, planes: jax.Array, **p: Any) -> jax.Array:
-    return reference.int_matmul(codes, planes, **_without(p, "implementation"))
+    planes, _, _ = _in_planes(planes, None, None, p["columns"])
+    return reference.int_matmul(codes, planes, **_without(p, "implementation", "columns"))
 
 
 def _matmul_reference(*operands: jax.Array, **p: Any) -> jax.Array:
-    dropped = ("implementation", "has_offsets", "has_bias")
-    return reference.matmul(*_fill(operands, p), **_without(p, *dropped))
+    dropped = ("implementation", "has_offsets", "has_bias", "columns")
+    x, planes, scales, offsets, bias = _fill(operands, p)
+    planes, scales, offsets = _in_planes(planes, scales, offsets, p["columns"])
+    return reference.matmul(x, planes, scales, offsets, bias, **_without(p, *dropped))
+
+
+def _in_planes(planes: Any, scales: Any, offsets: Any, columns: int | None) -> tuple[Any, Any, Any]:
+    """Planes, scales and offsets (or None) of a tensor that may be prepared."""
+    if columns is None:
+        return planes, scales, offsets
+    scales, offsets = (
+        None if x is None else fmt.untile_groups(x, columns) for x in (scales, offsets)
+    )
+    return fmt.untile_planes(planes, columns), scales, offsets
 
 
 def _without(params: Params, *names: str) -> Params:
@@ -103,7 +119,7 @@ def _int_matmul_cpu(codes: jax.Array, planes: jax.Array, **p: Any) -> jax.Array:
     module = _native.cpu().module
     act_bits, group_size = p["act_bits"], p["group_size"]
     method = _method(p, planes)
-    (m, k), (_, n, _) = codes.shape, planes.shape
+    (m, k), n = codes.shape, _columns(planes, p)
     groups = group_count(k, group_size)
     row = module.workspace_row_bytes(k, group_size, group_size, act_bits, method)
     results = (
@@ -125,7 +141,7 @@ def _matmul_cpu(*operands: jax.Array, **p: Any) -> jax.Array:
         k, p["group_size"], p["act_group_size"], act_bits, method
     )
     results = (
-        jax.ShapeDtypeStruct((m, planes.shape[1]), p["out_dtype"]),
+        jax.ShapeDtypeStruct((m, _columns(planes, p)), p["out_dtype"]),
         jax.ShapeDtypeStruct((m, row), jnp.uint8),  # scratch for the quantized activations
     )
     call = jax.ffi.ffi_call("jax_anyprec_cpu_matmul", results)
@@ -138,7 +154,13 @@ def _matmul_cpu(*operands: jax.Array, **p: Any) -> jax.Array:
 
 def _method(p: Params, planes: jax.Array) -> str:
     isa = _native.cpu().module.isa()
-    return choose.cpu_method(p["act_bits"], planes.shape[0], isa, p["implementation"] or "").method
+    bits = planes.shape[0 if p["columns"] is None else 2]
+    return choose.cpu_method(p["act_bits"], bits, isa, p["implementation"] or "").method
+
+
+def _columns(planes: Any, p: Params) -> int:
+    """N, the columns of the result."""
+    return planes.shape[1] if p["columns"] is None else p["columns"]
 
 
 # --- abstract evaluation ---
@@ -152,11 +174,11 @@ def _quantize_abstract(x: ShapedArray, **p: Any) -> list[ShapedArray]:
 
 def _int_matmul_abstract(codes: ShapedArray, planes: ShapedArray, **p: Any) -> ShapedArray:
     groups = group_count(codes.shape[1], p["group_size"])
-    return ShapedArray((codes.shape[0], planes.shape[1], groups), np.dtype(np.int32))
+    return ShapedArray((codes.shape[0], _columns(planes, p), groups), np.dtype(np.int32))
 
 
 def _matmul_abstract(x: ShapedArray, planes: ShapedArray, *_: ShapedArray, **p: Any) -> ShapedArray:
-    return ShapedArray((x.shape[0], planes.shape[1]), p["out_dtype"])
+    return ShapedArray((x.shape[0], _columns(planes, p)), p["out_dtype"])
 
 
 # --- batching ---
@@ -207,7 +229,7 @@ def _matmul_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], **p: Any) -
             dm = None
         else:
             dm = offsets_dot if _nonzero(offsets_dot) else jnp.zeros_like(offsets)
-        rows_dot = dequantize_rows(planes, ds, dm, x.shape[-1])
+        rows_dot = dequantize_rows(*_in_planes(planes, ds, dm, p["columns"]), x.shape[-1])
         term = reference.dot_rows(_seen_activations(x, p), rows_dot)
         terms.append(term.astype(p["out_dtype"]))
     if _nonzero(bias_dot):
@@ -248,7 +270,7 @@ def _matmul_transpose(ct: Any, x: Any, planes: Any, scales: Any, *rest: Any, **p
         return [ad.Zero(x.aval), *others]
     k = x.aval.shape[-1]
     offsets = rest[0] if p["has_offsets"] else None
-    rows = dequantize_rows(planes, scales, offsets, k)
+    rows = dequantize_rows(*_in_planes(planes, scales, offsets, p["columns"]), k)
     x_ct = jnp.matmul(ct.astype(jnp.float32), rows, precision="highest")
     if p["rotation"] is not None:
         x_ct = p["rotation"].invert(x_ct)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,11 +29,13 @@ class QuantizedTensor:
 
     Args:
       planes: ``uint32[..., bits, N, ceil(K / 32)]``, most significant plane first; padding bits 0.
+        Prepared: tiles, see `format.tile_planes`, and scales and offsets `format.tile_groups`.
       scales: ``float32 | float16 | bfloat16 [..., N, groups]``, not negative.
       offsets: like `scales`, or None for a symmetric tensor.
       k: the contraction size K.
       group_size: values along K that share a scale; K itself for one scale per output channel.
       rotation: the `Rotation` that was applied to the rows along K, or None.
+      columns: N of a prepared tensor, None for planes.
     """
 
     planes: Any
@@ -41,15 +44,26 @@ class QuantizedTensor:
     k: int = dataclasses.field(metadata={"static": True})
     group_size: int = dataclasses.field(metadata={"static": True})
     rotation: Rotation | None = dataclasses.field(default=None, metadata={"static": True})
+    columns: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def prepared(self) -> bool:
+        """Whether this is in the order that kernels read; see `prepare`."""
+        return self.columns is not None
 
     @property
     def bits(self) -> int:
-        return self.planes.shape[-3]
+        return self.planes.shape[-2 if self.prepared else -3]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """``(..., K, N)``, the shape of the matrix that this stands for."""
-        return (*self.planes.shape[:-3], self.k, self.planes.shape[-2])
+        n = self.planes.shape[-2] if self.columns is None else self.columns
+        return (*self._leading, self.k, n)
+
+    @property
+    def _leading(self) -> tuple[int, ...]:
+        return self.planes.shape[: -4 if self.prepared else -3]
 
     @property
     def groups(self) -> int:
@@ -60,8 +74,37 @@ class QuantizedTensor:
         """Bytes of planes, scales and offsets together."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
+    def prepare(self) -> QuantizedTensor:
+        """The same tensor in the order that kernels read: products of it need no repacking.
+
+        Takes as many bytes (more only where N is not a multiple of 16). `restore` undoes it.
+        """
+        if self.prepared:
+            return self
+        return self._laid_out(fmt.tile_planes, fmt.tile_groups, self.shape[-1])
+
+    def restore(self) -> QuantizedTensor:
+        """The same tensor in planes, as `quantize` gives it and checkpoints keep it."""
+        n = self.columns
+        if n is None:
+            return self
+        return self._laid_out(
+            lambda x: fmt.untile_planes(x, n), lambda x: fmt.untile_groups(x, n), None
+        )
+
+    def _laid_out(
+        self, planes: Callable[[Any], Any], groups: Callable[[Any], Any], columns: int | None
+    ) -> QuantizedTensor:
+        return dataclasses.replace(
+            self,
+            planes=planes(self.planes),
+            scales=groups(self.scales),
+            offsets=None if self.offsets is None else groups(self.offsets),
+            columns=columns,
+        )
+
     def truncate(self, bits: int) -> QuantizedTensor:
-        """The same tensor at fewer bits: its first `bits` planes.
+        """The same tensor at fewer bits: its first `bits` planes. Of a prepared tensor, prepared.
 
         Scales grow by the power of two that was dropped, and an offset moves by half of what the
         dropped planes could hold, so that each value rounds to the middle of its cell.
@@ -72,6 +115,8 @@ class QuantizedTensor:
             raise ValueError(f"bits must be at most the tensor's {self.bits}, got {bits}")
         if dropped == 0:
             return self
+        if self.prepared:
+            return self.restore().truncate(bits).prepare()
         scales = self.scales.astype(jnp.float32)
         offsets = self.offsets
         if offsets is not None:
@@ -86,6 +131,8 @@ class QuantizedTensor:
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The matrix ``[..., K, N]`` that this tensor stands for, rotation undone."""
         check_tensor(self, "self")
+        if self.prepared:
+            return self.restore().dequantize(dtype)
         rows = dequantize_rows(self.planes, self.scales, self.offsets, self.k)
         if self.rotation is not None:
             rows = self.rotation.invert(rows)
@@ -155,19 +202,26 @@ def check_tensor(w: QuantizedTensor, name: str) -> None:
     """Raise TypeError or ValueError unless the fields of `w` fit together."""
     if not isinstance(w, QuantizedTensor):
         raise TypeError(f"{name} must be a QuantizedTensor (see quantize), got {type(w).__name__}")
-    if w.planes.dtype != jnp.uint32 or w.planes.ndim < 3:
+    axes = "tiles, words, bits, 16" if w.prepared else "bits, N, words"
+    if w.planes.dtype != jnp.uint32 or w.planes.ndim < (4 if w.prepared else 3):
         raise TypeError(
-            f"{name}.planes must be uint32[..., bits, N, words], "
-            f"got {w.planes.dtype}{list(w.planes.shape)}"
+            f"{name}.planes must be uint32[..., {axes}], got {w.planes.dtype}{list(w.planes.shape)}"
         )
     fmt.check_bits(w.bits, f"{name}.bits")
     check_group_size(w.group_size, w.k)
-    if w.planes.shape[-1] != fmt.words(w.k):
+    words = w.planes.shape[-3 if w.prepared else -1]
+    if words != fmt.words(w.k):
         raise ValueError(
-            f"{name}.planes must have {fmt.words(w.k)} words for k = {w.k}, "
-            f"got {w.planes.shape[-1]}"
+            f"{name}.planes must have {fmt.words(w.k)} words for k = {w.k}, got {words}"
         )
-    expected = (*w.planes.shape[:-3], w.planes.shape[-2], w.groups)
+    leading, (_, n) = w.shape[:-2], w.shape[-2:]
+    tiles = -(-n // fmt.TILE)
+    if w.prepared and w.planes.shape[-4::3] != (tiles, fmt.TILE):
+        raise ValueError(
+            f"{name}.planes must have {tiles} tiles of {fmt.TILE} columns for N = {n}, "
+            f"got shape {w.planes.shape}"
+        )
+    expected = (*leading, tiles, w.groups, fmt.TILE) if w.prepared else (*leading, n, w.groups)
     for field in ("scales", "offsets"):
         value = getattr(w, field)
         if value is None and field == "offsets":

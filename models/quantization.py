@@ -57,12 +57,14 @@ class Quantization:
     def linear(self, weights: ap.QuantizedTensor, dtype: Any) -> ap.nnx.QuantLinear:
         """The layer that multiplies by packed `weights`."""
         return ap.nnx.QuantLinear.from_tensor(
-            weights, activations=self.activations, act_scales=self.act_scales, dtype=dtype
+            weights.prepare(), activations=self.activations, act_scales=self.act_scales, dtype=dtype
         )
 
     def embedding(self, weights: ap.QuantizedTensor, dtype: Any) -> ap.nnx.QuantEmbed:
         """The embedding that looks up, and multiplies by, packed `weights`."""
-        return ap.nnx.QuantEmbed.from_tensor(weights, activations=self.activations, dtype=dtype)
+        return ap.nnx.QuantEmbed.from_tensor(
+            weights.prepare(), activations=self.activations, dtype=dtype
+        )
 
 
 def make_linear(

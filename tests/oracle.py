@@ -18,10 +18,10 @@ OUT_ROUNDOFF = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 OUT_TINY = {"float32": 0.0, "bfloat16": 2.0**-133, "float16": 2.0**-24}
 """Absolute error of the last cast where its result is subnormal."""
 
-ZERO_BITS = 5
+ZERO_BITS = 4
 """Activations of so many bits and more are even integers."""
 MIN_SCALE, MAX_SCALE, ZERO_LEVEL = 2.0**-100, 2.0**100, 2.0**-24
-SEGMENT = 256
+SEGMENT = 2**15
 """Longest stretch of K that a kernel sums before it applies scales."""
 
 
@@ -250,8 +250,7 @@ def quantized_matmul(
     """``(codes, bits, scales)`` of activations by ``(codes, bits, scales, offsets)`` of weights.
 
     Float32 roundings on the way of a term into the result: its integer sum is exact in a segment
-    of 256 values (256 * 255 * 255 < 2**24) or rounds once where XLA converts the sum of a longer
-    group [1]; weight scale [1]; the centre s L + offset [2] times the activation sum [1] and its
+    and rounds once where it is converted [1]; weight scale [1]; the centre s L + offset [2] times the activation sum [1] and its
     addition [1]; activation scale [1]; the sum over segments [one each]; bias [1]; last cast,
     counted apart. A group beyond int32 is summed by XLA in float32, one rounding for each value.
     """
@@ -275,14 +274,14 @@ def float_matmul(
     """Product of float32 activations ``[M, K]`` (rotated already) with packed weights.
 
     Float32 roundings on the way of a term into the result: a kernel multiplies by the code [1, none
-    with fused multiply-add], sums a segment [256 at most], forms s L [1], multiplies by a scale
+    with fused multiply-add], sums a segment [its length at most], forms s L [1], multiplies by a scale
     [1], adds two terms for each segment [2 each], bias [1]. XLA forms the row [2] and sums K
     products in an order of its own [K + 1]. The larger of the two counts.
     """
     k = x.shape[1]
     rows, sizes = rows_of(*w)
     group_size = k // w[2].shape[-1] if k else 0
-    kernel = 4 + min(group_size, SEGMENT) + 2 * segments(k, group_size)
+    kernel = 4 + group_size + 2 * segments(k, group_size)
     return _bounded(x.astype(np.float64), rows, sizes, max(kernel, k + 4), bias, out_dtype)
 
 

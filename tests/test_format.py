@@ -79,7 +79,15 @@ def test_first_planes_are_the_tensor_at_fewer_bits() -> None:
 
 def test_layout_constants_equal_those_of_the_extension() -> None:
     cpu = pytest.importorskip("jax_anyprec._cpu")
-    for name in ("WORD_BITS", "MAX_BITS", "MIN_SCALE", "MAX_SCALE", "ZERO_LEVEL", "ZERO_BITS"):
+    for name in (
+        "WORD_BITS",
+        "MAX_BITS",
+        "MIN_SCALE",
+        "MAX_SCALE",
+        "ZERO_LEVEL",
+        "ZERO_BITS",
+        "TILE",
+    ):
         assert getattr(cpu, name) == getattr(fmt, name), name
     assert (fmt.MIN_SCALE, fmt.MAX_SCALE) == (oracle.MIN_SCALE, oracle.MAX_SCALE)
     assert (fmt.ZERO_LEVEL, fmt.ZERO_BITS) == (oracle.ZERO_LEVEL, oracle.ZERO_BITS)
@@ -156,8 +164,8 @@ def test_codes_of_activations_are_odd_integers_or_have_a_zero(bits: int) -> None
     codes = np.arange(2**bits, dtype=np.uint8)
     found = fmt.act_codes_to_ints(codes, bits).tolist()
     assert found == [oracle.act_integer(u, bits) for u in range(2**bits)]
-    assert (0 in found) == (bits >= 5)
-    used = found if bits < 5 else found[1:]
+    assert (0 in found) == (bits >= 4)
+    used = found if bits < 4 else found[1:]
     assert max(used) == -min(used) == fmt.act_max_level(bits)
 
 
@@ -171,7 +179,7 @@ def test_act_encode_of_edge_values_and_scales(bits: int) -> None:
     steps = np.float32(np.arange(-2 * 2**bits, 2 * 2**bits) / 2)  # ties among them
     codes = fmt.act_encode(steps, np.float32(0.5), bits)
     assert codes.tolist() == oracle.act_encode(steps, np.float32(0.5), bits)
-    if bits >= 5:
+    if bits >= 4:
         zeros = fmt.act_encode(EDGES[:9], np.float32(1), bits)
         assert not fmt.act_codes_to_ints(zeros, bits).any()
 

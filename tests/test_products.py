@@ -38,7 +38,7 @@ def pack(codes: np.ndarray, bits: int, group: int, seed: int = 0) -> ap.Quantize
 
 
 def sweep(shape: Shape, implementations: tuple[str, ...], pairs: Any = PAIRS) -> None:
-    """Every pair of bits and implementation, in one compiled function for the shape."""
+    """Every pair of bits, implementation and layout, in one compiled function for the shape."""
     m, n, k, group = shape
     rng = np.random.default_rng(abs(hash(shape)) % 2**32)
     x = {a: rng.integers(0, 2**a, (m, k), np.uint8) for a in range(1, 9)}
@@ -47,19 +47,21 @@ def sweep(shape: Shape, implementations: tuple[str, ...], pairs: Any = PAIRS) ->
         for bits, value in codes.items():
             value[::3] = 2**bits - 1
     w = {b: pack(u[b], b, group) for b in range(1, 9)}
+    prepared = {b: w[b].prepare() for b in w}
 
     @jax.jit
-    def run(x: dict[int, Any], w: dict[int, Any]) -> dict[tuple[int, int], list[Any]]:
+    def run(x: dict[int, Any], *layouts: dict[int, Any]) -> dict[Any, Any]:
         return {
-            (a, b): [ap.int_matmul(x[a], w[b], a, implementation=i) for i in implementations]
+            (a, b, w[b].prepared, i): ap.int_matmul(x[a], w[b], a, implementation=i)
             for a, b in pairs
+            for w in layouts
+            for i in implementations
         }
 
-    for (a, b), results in run(x, w).items():
+    for (a, b, *how), result in run(x, w, prepared).items():
+        assert result.dtype == jnp.int32
         expected = oracle.int_product(x[a], a, u[b], b, group)
-        for implementation, result in zip(implementations, results, strict=True):
-            assert result.dtype == jnp.int32
-            np.testing.assert_array_equal(result, expected, f"{implementation} {a} x {b} bits")
+        np.testing.assert_array_equal(result, expected, f"{how} {a} x {b} bits")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -101,10 +103,11 @@ def test_integers_of_random_shapes(data: st.DataObject) -> None:
     w = pack(u, b, group)
 
     @jax.jit
-    def run(x: Any, w: Any) -> list[Any]:
-        return [ap.int_matmul(x, w, a, implementation=i) for i in (*NATIVE, "cpu", "xla", None)]
+    def run(x: Any, *layouts: Any) -> list[Any]:
+        names = (*NATIVE, "cpu", "xla", None)
+        return [ap.int_matmul(x, w, a, implementation=i) for w in layouts for i in names]
 
-    for result in run(x, w):
+    for result in run(x, w, w.prepare()):
         np.testing.assert_array_equal(result, oracle.int_product(x, a, u, b, group))
 
 
@@ -197,8 +200,9 @@ def check(cases: list[Case]) -> None:
                     out_dtype=case.out_dtype, implementation=i,
                 )
                 for i in case.implementations()
+                for w in (planes, planes.prepare())
             ]
-            for case, (x, w, bias) in zip(cases, arrays, strict=True)
+            for case, (x, planes, bias) in zip(cases, arrays, strict=True)
         ]  # fmt: skip
 
     for case, results in zip(cases, run([(c.x, c.w, c.bias) for c in cases]), strict=True):
@@ -405,4 +409,4 @@ def test_codes_times_scales_are_near_the_activations() -> None:
         codes, scales = ap.quantize_activations(x, bits, group_size=32)
         values = oracle.act_ints(np.asarray(codes), bits) * np.repeat(scales, 32, axis=-1)
         largest = np.repeat(np.abs(x.reshape(3, 2, 2, 32)).max(-1), 32, axis=-1)
-        assert (np.abs(values - x) <= 1.0001 * largest / (2**bits - 1 - (bits >= 5))).all()
+        assert (np.abs(values - x) <= 1.0001 * largest / (2**bits - 1 - (bits >= 4))).all()

@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-#include "expand.h"
+#include "x86.h"
 
 namespace anyprec::cpu {
 namespace {
@@ -15,6 +15,7 @@ namespace {
 struct Isa {
   static constexpr const char* kName = "avx2";
   static constexpr int kLanes = 8;
+  static constexpr int kVectors = 2;
   static constexpr int kRows = 4;
   using V = __m256i;
   using F = __m256;
@@ -23,9 +24,16 @@ struct Isa {
   static V broadcast(int32_t x) { return _mm256_set1_epi32(x); }
   static V add(V a, V b) { return _mm256_add_epi32(a, b); }
   static V mul(V a, V b) { return _mm256_mullo_epi32(a, b); }
-  static V shl(V a, int n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+  static V sub(V a, V b) { return _mm256_sub_epi32(a, b); }
+  static V shl(V a, int n) { return _mm256_slli_epi32(a, n); }
+  static V shr(V a, int n) { return _mm256_srli_epi32(a, n); }
   static V bit_and(V a, V b) { return _mm256_and_si256(a, b); }
-  static void store_ints(int32_t* p, V a) {
+  static V bit_or(V a, V b) { return _mm256_or_si256(a, b); }
+  static V bit_xor(V a, V b) { return _mm256_xor_si256(a, b); }
+  static V load_ints(const uint32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static void store_ints(uint32_t* p, V a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
   }
 
@@ -41,30 +49,20 @@ struct Isa {
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
 
-  // vpmaddubsw would saturate, so even and odd bytes go through 16 bits.
-  static V dot4(V acc, V w, int32_t x) {
-    V xs = _mm256_set1_epi32(x);
-    V x_even = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8);
-    V x_odd = _mm256_srai_epi16(xs, 8);
-    V w_even = _mm256_and_si256(w, _mm256_set1_epi16(0xff));
-    V w_odd = _mm256_srli_epi16(w, 8);
-    acc = add(acc, _mm256_madd_epi16(w_even, x_even));
-    return add(acc, _mm256_madd_epi16(w_odd, x_odd));
-  }
-
-  // Byte quad / 2 of the word goes to all four bytes; each keeps its own bit.
-  static V append_bits(V codes, V word, int quad) {
-    V lane_base = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404,
-                                    0x08080808, 0x0c0c0c0c);
-    V spread = _mm256_shuffle_epi8(word, add(lane_base, _mm256_set1_epi8(quad / 2)));
-    V bit = _mm256_set1_epi32(quad % 2 ? static_cast<int>(0x80402010u) : 0x08040201);
-    V is_set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
-    return _mm256_sub_epi8(_mm256_add_epi8(codes, codes), is_set);
-  }
-
+  // vpmaddubsw adds pairs in 16 bits, which hold 2 * 127 * 128; codes of 8 bits would saturate, so
+  // their even and odd bytes are widened first.
   template <int W>
-  static void expand(const V (&planes)[W], V* quads) {
-    append_planes<Isa>(planes, quads);
+  static V dot4(V acc, V w, V x) {
+    if constexpr (W < 8) {
+      return add(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+    } else {
+      V x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8);
+      V x_odd = _mm256_srai_epi16(x, 8);
+      V w_even = _mm256_and_si256(w, _mm256_set1_epi16(0xff));
+      V w_odd = _mm256_srli_epi16(w, 8);
+      acc = add(acc, _mm256_madd_epi16(w_even, x_even));
+      return add(acc, _mm256_madd_epi16(w_odd, x_odd));
+    }
   }
 
   // Rows i and i + 4 share a register, so 4 x 4 transposes inside 128 bits put rows in order.
@@ -99,17 +97,38 @@ struct Isa {
   static F fzero() { return _mm256_setzero_ps(); }
   static F fbroadcast(float x) { return _mm256_set1_ps(x); }
   static F fadd(F a, F b) { return _mm256_add_ps(a, b); }
+  static F fsub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F fmul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
   static F as_float(V a) { return _mm256_castsi256_ps(a); }
   static F to_float(V a) { return _mm256_cvtepi32_ps(a); }
+  template <int W>
   static F byte_to_float(V a, int b) {
-    V byte = _mm256_and_si256(_mm256_srl_epi32(a, _mm_cvtsi32_si128(8 * b)),
-                              _mm256_set1_epi32(0xff));
-    return to_float(byte);
+    return to_float(bit_and(shr(a, 8 * b), broadcast(0xff)));
   }
+  static F load_half(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static F load_bfloat(const uint16_t* p) {
+    V wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return as_float(shl(wide, 16));
+  }
+
+  template <int H>
+  static F swap_lanes(F a) {
+    if constexpr (H == 1) return _mm256_permute_ps(a, 0xb1);
+    if constexpr (H == 2) return _mm256_permute_ps(a, 0x4e);
+    return _mm256_permute2f128_ps(a, a, 1);
+  }
+  template <int H>
+  static F negate_upper(F a) {
+    auto sign = [](int lane) { return lane & H ? -0.0f : 0.0f; };
+    return _mm256_xor_ps(a, _mm256_setr_ps(sign(0), sign(1), sign(2), sign(3), sign(4), sign(5),
+                                           sign(6), sign(7)));
+  }
+  static void transpose_8x4(const uint8_t* in, uint8_t* out) { transpose_8x4_bytes(in, out); }
 };
 
 }  // namespace

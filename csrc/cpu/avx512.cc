@@ -1,5 +1,4 @@
-// The kernels with AVX-512 F, BW, DQ, VL, VBMI, VNNI, VPOPCNTDQ and GFNI (Ice Lake, Zen 4 and
-// newer).
+// The kernels with AVX-512 F, BW, DQ, VL, VNNI and VPOPCNTDQ (Ice Lake, Zen 4 and newer).
 // portable.cc says what each operation of Isa means.
 #include "kernels.h"
 
@@ -8,7 +7,7 @@
 
 #include <cstring>
 
-#include "expand.h"
+#include "x86.h"
 
 namespace anyprec::cpu {
 namespace {
@@ -16,6 +15,7 @@ namespace {
 struct Isa {
   static constexpr const char* kName = "avx512";
   static constexpr int kLanes = 16;
+  static constexpr int kVectors = 2;
   static constexpr int kRows = 8;
   using V = __m512i;
   using F = __m512;
@@ -23,73 +23,19 @@ struct Isa {
   static V zero() { return _mm512_setzero_si512(); }
   static V broadcast(int32_t x) { return _mm512_set1_epi32(x); }
   static V add(V a, V b) { return _mm512_add_epi32(a, b); }
+  static V sub(V a, V b) { return _mm512_sub_epi32(a, b); }
   static V mul(V a, V b) { return _mm512_mullo_epi32(a, b); }
-  static V shl(V a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+  static V shl(V a, int n) { return _mm512_slli_epi32(a, n); }
+  static V shr(V a, int n) { return _mm512_srli_epi32(a, n); }
   static V bit_and(V a, V b) { return _mm512_and_si512(a, b); }
-  static void store_ints(int32_t* p, V a) { _mm512_storeu_si512(p, a); }
+  static V bit_or(V a, V b) { return _mm512_or_si512(a, b); }
+  static V bit_xor(V a, V b) { return _mm512_xor_si512(a, b); }
+  static V load_ints(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_ints(uint32_t* p, V a) { _mm512_storeu_si512(p, a); }
   static V popcount(V a) { return _mm512_popcnt_epi32(a); }
-  static V dot4(V acc, V w, int32_t x) { return _mm512_dpbusd_epi32(acc, w, broadcast(x)); }
-
-  // vpmultishiftqb brings bit 4 * quad + b of each 32-bit lane to the low bit of its byte b.
-  static V append_bits(V codes, V word, int quad) {
-    V offsets = _mm512_set1_epi64(0x2322212003020100LL + 0x0404040404040404LL * quad);
-    V spread = _mm512_multishift_epi64_epi8(offsets, word);
-    // (a | (b & c)): keep the doubled code, add the low bit.
-    return _mm512_ternarylogic_epi64(_mm512_add_epi8(codes, codes), spread, _mm512_set1_epi8(1),
-                                     0xf8);
-  }
-
-  // One or two planes are as fast bit by bit.
   template <int W>
-  static void expand(const V (&planes)[W], V* quads) {
-    if constexpr (W <= 2) {
-      append_planes<Isa>(planes, quads);
-    } else {
-      transpose_bits<W>(planes, quads);
-    }
-  }
-
-  // The codes of a word from its planes: GFNI turns 8 x 8 bits, whose rows are the planes of eight
-  // indices, into eight codes.
-  template <int W>
-  static void transpose_bits(const V (&planes)[W], V* quads) {
-    // An affine product with the unit vectors reads bit m of the matrix rows, the first row as the
-    // most significant bit.
-    const V units = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201ULL));
-    auto plane = [&](int bit) { return bit < W ? planes[W - 1 - bit] : zero(); };
-    V low[4];  // row 4 L + i of lane L: a byte of each of four planes, for octets 0 .. 3
-    interleave4(plane(3), plane(2), plane(1), plane(0), low);
-    V a[4], b[4];
-    if constexpr (W <= 4) {
-      // Two octets share a matrix: codes of octets 0 and 2 in the high nibbles, 1 and 3 in the low.
-      const V nibble = _mm512_set1_epi8(15);
-      for (int i = 0; i < 4; ++i) {
-        V codes = _mm512_gf2p8affine_epi64_epi8(units, low[i], 0);
-        a[i] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
-        b[i] = _mm512_and_si512(codes, nibble);
-      }
-      transpose4(a, quads[0], quads[1], quads[4], quads[5]);
-      transpose4(b, quads[2], quads[3], quads[6], quads[7]);
-    } else {
-      V high[4];
-      interleave4(plane(7), plane(6), plane(5), plane(4), high);
-      for (int i = 0; i < 4; ++i) {
-        a[i] = _mm512_gf2p8affine_epi64_epi8(units, _mm512_unpacklo_epi32(high[i], low[i]), 0);
-        b[i] = _mm512_gf2p8affine_epi64_epi8(units, _mm512_unpackhi_epi32(high[i], low[i]), 0);
-      }
-      transpose4(a, quads[0], quads[1], quads[2], quads[3]);
-      transpose4(b, quads[4], quads[5], quads[6], quads[7]);
-    }
-  }
-
-  // Byte o of lane 4 L + i of a, b, c and d go to lane 4 L + o of out[i].
-  static void interleave4(V a, V b, V c, V d, V (&out)[4]) {
-    V ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d);
-    out[0] = _mm512_unpacklo_epi16(ab, cd);
-    out[1] = _mm512_unpackhi_epi16(ab, cd);
-    ab = _mm512_unpackhi_epi8(a, b), cd = _mm512_unpackhi_epi8(c, d);
-    out[2] = _mm512_unpacklo_epi16(ab, cd);
-    out[3] = _mm512_unpackhi_epi16(ab, cd);
+  static V dot4(V acc, V w, V x) {
+    return _mm512_dpbusd_epi32(acc, w, x);
   }
 
   // Transposes 4 x 4 lanes inside each 128 bits.
@@ -142,16 +88,46 @@ struct Isa {
   static F fzero() { return _mm512_setzero_ps(); }
   static F fbroadcast(float x) { return _mm512_set1_ps(x); }
   static F fadd(F a, F b) { return _mm512_add_ps(a, b); }
+  static F fsub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F fmul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
   static F as_float(V a) { return _mm512_castsi512_ps(a); }
   static F to_float(V a) { return _mm512_cvtepi32_ps(a); }
+  // The low four bits of a lane choose from a table of 16.
+  template <int W>
   static F byte_to_float(V a, int b) {
-    V byte = _mm512_and_si512(_mm512_srl_epi32(a, _mm_cvtsi32_si128(8 * b)), broadcast(0xff));
-    return to_float(byte);
+    V moved = _mm512_srli_epi32(a, 8 * b);
+    if constexpr (W <= 4) {
+      const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      return _mm512_permutexvar_ps(moved, table);
+    } else {
+      return to_float(_mm512_and_si512(moved, broadcast(0xff)));
+    }
   }
+  static F load_half(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F load_bfloat(const uint16_t* p) {
+    V wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return as_float(_mm512_slli_epi32(wide, 16));
+  }
+
+  template <int H>
+  static F swap_lanes(F a) {
+    if constexpr (H == 1) return _mm512_permute_ps(a, 0xb1);
+    if constexpr (H == 2) return _mm512_permute_ps(a, 0x4e);
+    if constexpr (H == 4) return _mm512_shuffle_f32x4(a, a, 0xb1);
+    return _mm512_shuffle_f32x4(a, a, 0x4e);
+  }
+  template <int H>
+  static F negate_upper(F a) {
+    constexpr __mmask16 kUpper = H == 1 ? 0xaaaa : H == 2 ? 0xcccc : H == 4 ? 0xf0f0 : 0xff00;
+    V bits = _mm512_castps_si512(a), sign = broadcast(INT32_MIN);
+    return as_float(_mm512_mask_xor_epi32(bits, kUpper, bits, sign));
+  }
+  static void transpose_8x4(const uint8_t* in, uint8_t* out) { transpose_8x4_bytes(in, out); }
 };
 
 }  // namespace

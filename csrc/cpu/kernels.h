@@ -10,15 +10,14 @@ namespace anyprec::cpu {
 enum class DType : int { kF32, kF16, kBF16 };
 enum class Method : int { kFloat, kCodes, kPlanes };
 
-// Integer sums of a segment convert to float32 exactly: 256 * 255 * 255 < 2^24.
-constexpr int kPanelWords = 8;
-constexpr int kPanelK = kPanelWords * kWordBits;
+// The longest stretch of K that is summed as integers: 2^15 * 256 * 255 < 2^31.
+constexpr int kMaxSegmentWords = 1024;
 
-// Rows of activations that one call of a product handles; bounds its stack.
+// Rows of activations that one call of a product handles.
 constexpr int kMaxRows = 128;
 
-// A stretch of K inside one weight group, at most one panel long. Products are exact integers
-// over a segment; scales, offsets and segments are summed in float32.
+// A stretch of K inside one weight group. Products are exact integers over a segment; scales,
+// offsets and segments are summed in float32.
 struct Segment {
   int32_t word;    // first word
   int32_t words;   // number of words
@@ -27,10 +26,12 @@ struct Segment {
 };
 
 // Where the quantized activations of a row lie in its part of the workspace.
-//   payload  kFloat: float[words * 32]; kCodes: int8[words * 32], the code, at 8 bits minus 128;
+//   payload  kFloat: float[words * 32]
+//            kCodes: int8[words * 32], integers over act_unit(bits); index 8 b + q of a word is at
+//                    4 q + b, in the order of fields
 //            kPlanes: uint32[act_bits][words]
-//   sums     one for each segment: int32 sum of codes, or float sum of values
-//   scales   float[act_groups], absent for kFloat
+//   sums     one for each segment: int32 sum of integers over the unit, or float sum of values
+//   scales   float[act_groups], times the unit of the payload; absent for kFloat
 struct RowLayout {
   int64_t sums, scales, bytes;
 };
@@ -46,11 +47,12 @@ struct Activations {
 };
 
 struct Matrix {
-  const uint32_t* planes;  // [bits][n][words(k)]
+  bool prepared;           // in tiles, or planes [bits][n][words(k)] with scales [n][groups]
+  const uint32_t* planes;
   int bits;
   int64_t n;
-  const void* scales;      // [n][groups]
-  const void* offsets;     // [n][groups] or null
+  const void* scales;
+  const void* offsets;     // or null
   DType scale_dtype, offset_dtype;
   int64_t groups;
 };
@@ -69,29 +71,28 @@ struct Product {
   DType out_dtype;
 };
 
-// Room for a row of floats and its codes.
-constexpr int64_t scratch_floats(int64_t k) { return words(k) * kWordBits * 5 / 4; }
-
 // One instruction set. All functions are reentrant and touch only what they are given.
 struct Kernels {
   const char* name;
-  int lanes;  // output columns of one tile
+  int columns;  // output columns of one block
 
   // Quantizes (or converts) row `m` of p.act into its part of the workspace.
-  // `scratch` holds scratch_floats(k) floats.
-  void (*prologue)(const Product& p, int64_t m, float* scratch);
+  // `scratch` holds prologue_bytes(k).
+  void (*prologue)(const Product& p, int64_t m, uint8_t* scratch);
 
-  // Lays out given codes uint8[k] as the prologue would.
-  void (*prologue_codes)(const Product& p, int64_t m, const uint8_t* codes);
+  // Lays out given codes uint8[words * 32] as the prologue would, and uses them up.
+  void (*prologue_codes)(const Product& p, int64_t m, uint8_t* codes);
 
   // Codes uint8[k] and scales float[groups] of row `m`, for the public quantizer.
-  void (*quantize)(const Activations& a, int64_t m, float* scratch, uint8_t* codes, float* scales);
+  void (*quantize)(const Activations& a, int64_t m, uint8_t* scratch, uint8_t* codes,
+                   float* scales);
 
-  // Output columns tile * lanes .. and rows m0 .. m1, at most kMaxRows of them.
-  void (*product)(const Product& p, int64_t tile, int64_t m0, int64_t m1);
+  // Output columns block * columns .. and rows m0 .. m1, at most kMaxRows of them. `scratch` holds
+  // block_bytes(p, columns), aligned to 64.
+  void (*product)(const Product& p, int64_t block, int64_t m0, int64_t m1, uint8_t* scratch);
 
-  // Adds exact sums of q_x q_w for each group to the same columns and rows of p.out.
-  void (*int_product)(const Product& p, int64_t tile, int64_t m0, int64_t m1);
+  // Exact sums of q_x q_w for each group of the same columns and rows, added to p.out.
+  void (*int_product)(const Product& p, int64_t block, int64_t m0, int64_t m1, uint8_t* scratch);
 };
 
 // Null where the compiler could not build them.
@@ -100,6 +101,12 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 
 RowLayout row_layout(int64_t k, int64_t segments, int64_t act_groups, int act_bits, Method method);
+
+// Room for a row of floats and its codes.
+int64_t prologue_bytes(int64_t k);
+
+// Room for a block of weights brought into the order that its product reads.
+int64_t block_bytes(const Product& p, int columns);
 
 // Number of segments for K in groups, and the segments themselves.
 int64_t segment_count(int64_t k, int64_t group_size);

@@ -1,4 +1,4 @@
-// Segments of K and the layout of a workspace row: the bookkeeping shared by all kernels.
+// Segments of K, and the sizes of workspace rows and scratch: the bookkeeping shared by all kernels.
 #include <algorithm>
 
 #include "kernels.h"
@@ -10,9 +10,10 @@ int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 template <typename F>
 void for_each_segment(int64_t k, int64_t group_size, F&& emit) {
+  constexpr int64_t kLongest = int64_t{kMaxSegmentWords} * kWordBits;
   for (int64_t begin = 0, group = 0; begin < k; begin += group_size, ++group) {
-    for (int64_t at = begin; at < begin + group_size; at += kPanelK) {
-      int64_t size = std::min<int64_t>(kPanelK, begin + group_size - at);
+    for (int64_t at = begin; at < begin + group_size; at += kLongest) {
+      int64_t size = std::min<int64_t>(kLongest, begin + group_size - at);
       emit(Segment{static_cast<int32_t>(at / kWordBits), static_cast<int32_t>(words(size)),
                    static_cast<int32_t>(size), static_cast<int32_t>(group)});
     }
@@ -41,6 +42,15 @@ RowLayout row_layout(int64_t k, int64_t segments, int64_t act_groups, int act_bi
   row.scales = row.sums + align64(segments * 4);
   row.bytes = row.scales + (method == Method::kFloat ? 0 : align64(act_groups * 4));
   return row;
+}
+
+int64_t prologue_bytes(int64_t k) { return align64(words(k) * kWordBits * 5); }
+
+int64_t block_bytes(const Product& p, int columns) {
+  int64_t plane_words = words(p.act.k) * p.w.bits * columns;
+  // A prepared tensor is read where it is, but for planes made of its fields.
+  if (p.w.prepared) return p.method == Method::kPlanes && p.w.bits > 1 ? 4 * plane_words : 0;
+  return 4 * plane_words + 8 * p.w.groups * columns;
 }
 
 }  // namespace anyprec::cpu

@@ -2,7 +2,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "expand.h"
+#include "half.h"
+#include "kernels.h"
 
 namespace anyprec::cpu {
 namespace {
@@ -10,7 +11,8 @@ namespace {
 struct Isa {
   static constexpr const char* kName = "portable";
   static constexpr int kLanes = 4;
-  static constexpr int kRows = 4;  // rows of activations held in registers
+  static constexpr int kVectors = 4;  // of output columns that are worked on together
+  static constexpr int kRows = 4;     // rows of activations that are
   typedef int32_t V __attribute__((vector_size(16)));
   typedef uint32_t U __attribute__((vector_size(16)));
   typedef float F __attribute__((vector_size(16)));
@@ -20,9 +22,18 @@ struct Isa {
   // Sums wrap, as in every instruction set.
   static V add(V a, V b) { return (V)((U)a + (U)b); }
   static V mul(V a, V b) { return (V)((U)a * (U)b); }
+  static V sub(V a, V b) { return (V)((U)a - (U)b); }
   static V shl(V a, int n) { return (V)((U)a << n); }
+  static V shr(V a, int n) { return (V)((U)a >> n); }
   static V bit_and(V a, V b) { return a & b; }
-  static void store_ints(int32_t* p, V a) { std::memcpy(p, &a, sizeof a); }
+  static V bit_or(V a, V b) { return a | b; }
+  static V bit_xor(V a, V b) { return a ^ b; }
+  static V load_ints(const uint32_t* p) {
+    V a;
+    std::memcpy(&a, p, sizeof a);
+    return a;
+  }
+  static void store_ints(uint32_t* p, V a) { std::memcpy(p, &a, sizeof a); }
 
   static V popcount(V a) {
     U u = (U)a;
@@ -32,26 +43,14 @@ struct Isa {
     return (V)((u * 0x01010101u) >> 24);
   }
 
-  // acc + the sum over four bytes of (unsigned w byte) * (signed x byte).
-  static V dot4(V acc, V w, int32_t x) {
+  // acc + the sum over four bytes of (unsigned w, a code of W bits) * (signed x).
+  template <int W>
+  static V dot4(V acc, V w, V x) {
     for (int b = 0; b < 4; ++b) {
-      U bytes = ((U)w >> (8 * b)) & 0xffu;
-      acc += (V)bytes * static_cast<int8_t>(x >> (8 * b));
+      V codes = (V)(((U)w >> (8 * b)) & 0xffu);
+      acc += codes * ((V)((U)x << (24 - 8 * b)) >> 24);
     }
     return acc;
-  }
-
-  // Byte b of each lane becomes 2 * byte + (bit 4 * quad + b of the lane of `word`).
-  static V append_bits(V codes, V word, int quad) {
-    U nibble = ((U)word >> (4 * quad)) & 0xfu;
-    return (V)(((U)codes << 1) | ((nibble * 0x00204081u) & 0x01010101u));
-  }
-
-  // Codes of a word from its planes, the most significant first: quads[i] gets indices
-  // 4 i .. 4 i + 3, a byte each.
-  template <int W>
-  static void expand(const V (&planes)[W], V* quads) {
-    append_planes<Isa>(planes, quads);
   }
 
   // out[t] lane n = word t of row n, for n < rows and t < words; other lanes are 0.
@@ -73,6 +72,7 @@ struct Isa {
   static F fzero() { return F{}; }
   static F fbroadcast(float x) { return F{} + x; }
   static F fadd(F a, F b) { return a + b; }
+  static F fsub(F a, F b) { return a - b; }
   static F fmul(F a, F b) { return a * b; }
   static F fma(F a, F b, F c) { return a * b + c; }
   static F load(const float* p) {
@@ -83,7 +83,36 @@ struct Isa {
   static void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
   static F as_float(V a) { return (F)a; }
   static F to_float(V a) { return __builtin_convertvector(a, F); }
-  static F byte_to_float(V a, int b) { return to_float((V)(((U)a >> (8 * b)) & 0xffu)); }
+  // Byte b of each lane, a code of W bits.
+  template <int W>
+  static F byte_to_float(V a, int b) {
+    return to_float((V)(((U)a >> (8 * b)) & 0xffu));
+  }
+  static F load_half(const uint16_t* p) {
+    auto half = [&](int i) { return cpu::to_float(F16{p[i]}); };
+    return F{half(0), half(1), half(2), half(3)};
+  }
+  static F load_bfloat(const uint16_t* p) {
+    return as_float((V)(U{p[0], p[1], p[2], p[3]} << 16));
+  }
+
+  // Lane i gets lane i ^ H.
+  template <int H>
+  static F swap_lanes(F a) {
+    return F{a[0 ^ H], a[1 ^ H], a[2 ^ H], a[3 ^ H]};
+  }
+  // Lanes i with i & H change sign.
+  template <int H>
+  static F negate_upper(F a) {
+    constexpr uint32_t kSign = 0x80000000u;
+    return (F)((U)a ^ U{0, H & 1 ? kSign : 0, H & 2 ? kSign : 0, kSign});
+  }
+  // Byte 8 b + q of 32 goes to 4 q + b.
+  static void transpose_8x4(const uint8_t* in, uint8_t* out) {
+    for (int q = 0; q < 8; ++q) {
+      for (int b = 0; b < 4; ++b) out[4 * q + b] = in[8 * b + q];
+    }
+  }
 };
 
 }  // namespace

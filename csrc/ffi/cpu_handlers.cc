@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -88,16 +89,26 @@ Activations read_activations(const ffi::AnyBuffer& x, int64_t bits, int64_t grou
           static_cast<const uint32_t*>(signs.untyped_data())};
 }
 
-Matrix read_planes(const ffi::AnyBuffer& planes, int64_t k) {
-  require(planes.element_type() == ffi::DataType::U32 && planes.dimensions().size() == 3,
-          "planes must be uint32 with three axes");
+// Planes [bits][N][words], or tiles [tiles(N)][words][bits][kTile] of a prepared tensor.
+Matrix read_planes(const ffi::AnyBuffer& planes, int64_t n, int64_t k) {
+  auto dims = planes.dimensions();
+  require(planes.element_type() == ffi::DataType::U32 && (dims.size() == 3 || dims.size() == 4),
+          "planes must be uint32 with three axes, or four in tiles");
   Matrix w{};
-  w.bits = static_cast<int>(planes.dimensions()[0]);
-  w.n = planes.dimensions()[1];
+  w.prepared = dims.size() == 4;
+  w.bits = static_cast<int>(w.prepared ? dims[2] : dims[0]);
+  w.n = n;
   require(w.bits >= 1 && w.bits <= kMaxBits, "weight bits out of range");
-  require(planes.dimensions()[2] == words(k), "planes do not match k");
+  require(w.prepared ? has_shape(planes, {tiles(n), words(k), w.bits, kTile})
+                     : has_shape(planes, {w.bits, n, words(k)}),
+          "planes do not match k and the result");
   w.planes = static_cast<const uint32_t*>(planes.untyped_data());
   return w;
+}
+
+void check_groups(const ffi::AnyBuffer& x, const Matrix& w, const char* what) {
+  require(w.prepared ? has_shape(x, {tiles(w.n), w.groups, kTile}) : has_shape(x, {w.n, w.groups}),
+          what);
 }
 
 // The workspace must have exactly the layout that workspace_row_bytes() told.
@@ -114,34 +125,45 @@ void set_workspace(Product& p, std::vector<Segment>& segments, int64_t weight_gr
   p.workspace = static_cast<uint8_t*>(workspace.untyped_data());
 }
 
+// Memory for one thread's task, aligned for vectors and not cleared.
+std::unique_ptr<uint8_t, decltype(&std::free)> make_scratch(int64_t bytes) {
+  size_t size = static_cast<size_t>(bytes + 63) / 64 * 64;
+  auto* memory = static_cast<uint8_t*>(size == 0 ? nullptr : std::aligned_alloc(64, size));
+  if (size != 0 && memory == nullptr) throw std::bad_alloc();
+  return {memory, &std::free};
+}
+
 template <typename Body>
 void parallel_rows(ffi::ThreadPool& pool, int64_t m, int64_t k, const Body& body) {
   int64_t step = std::max<int64_t>(1, kTaskValues / std::max<int64_t>(1, k));
   parallel_for((m + step - 1) / step, pool.num_threads(),
                [&](auto fn) { pool.Schedule(std::move(fn)); },
                [&](int64_t task) {
-                 auto scratch = std::make_unique<float[]>(scratch_floats(k));
+                 auto scratch = make_scratch(prologue_bytes(k));
                  int64_t end = std::min(m, (task + 1) * step);
                  for (int64_t i = task * step; i < end; ++i) body(i, scratch.get());
                });
 }
 
-// run(tile, m0, m1) over all tiles of columns and blocks of rows.
+// run(block, m0, m1, scratch) over all blocks of columns and of rows.
 template <typename Run>
-void parallel_tiles(ffi::ThreadPool& pool, const Product& p, const Run& run) {
-  int64_t lanes = kernels().lanes;
-  int64_t tiles = (p.w.n + lanes - 1) / lanes;
+void parallel_blocks(ffi::ThreadPool& pool, const Product& p, const Run& run) {
+  int64_t columns = kernels().columns;
+  int64_t blocks = (p.w.n + columns - 1) / columns;
   int64_t row_blocks = (p.act.m + kMaxRows - 1) / kMaxRows;
-  int64_t products = lanes * std::min<int64_t>(p.act.m + 8, kMaxRows) * std::max<int64_t>(1, p.act.k);
-  int64_t step = std::max<int64_t>(1, kTaskProducts / products);
-  int64_t tile_tasks = (tiles + step - 1) / step;
-  parallel_for(tile_tasks * row_blocks, pool.num_threads(),
+  int64_t products = columns * std::min<int64_t>(p.act.m, kMaxRows) * std::max<int64_t>(1, p.act.k);
+  int64_t step = std::max<int64_t>(1, kTaskProducts / std::max<int64_t>(1, products));
+  int64_t tasks = (blocks + step - 1) / step;
+  parallel_for(tasks * row_blocks, pool.num_threads(),
                [&](auto fn) { pool.Schedule(std::move(fn)); },
                [&](int64_t task) {
-                 int64_t m0 = task / tile_tasks * kMaxRows;
+                 auto scratch = make_scratch(block_bytes(p, kernels().columns));
+                 int64_t m0 = task / tasks * kMaxRows;
                  int64_t m1 = std::min<int64_t>(p.act.m, m0 + kMaxRows);
-                 int64_t first = task % tile_tasks * step;
-                 for (int64_t t = first; t < std::min(tiles, first + step); ++t) run(t, m0, m1);
+                 int64_t first = task % tasks * step;
+                 for (int64_t b = first; b < std::min(blocks, first + step); ++b) {
+                   run(b, m0, m1, scratch.get());
+                 }
                });
 }
 
@@ -161,7 +183,7 @@ ffi::Error quantize(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer signs
             "results have a wrong type or shape");
     auto* code_rows = static_cast<uint8_t*>(codes->untyped_data());
     auto* scale_rows = static_cast<float*>(scales->untyped_data());
-    parallel_rows(pool, a.m, a.k, [&](int64_t m, float* scratch) {
+    parallel_rows(pool, a.m, a.k, [&](int64_t m, uint8_t* scratch) {
       kernels().quantize(a, m, scratch, code_rows + m * a.k, scale_rows + m * groups);
     });
   });
@@ -181,7 +203,8 @@ ffi::Error int_matmul(ffi::ThreadPool pool, ffi::AnyBuffer codes, ffi::AnyBuffer
     p.act.k = codes.dimensions()[1];
     p.act.bits = static_cast<int>(act_bits);
     p.act.group_size = group_size;
-    p.w = read_planes(planes, p.act.k);
+    require(out->dimensions().size() == 3, "result must have three axes");
+    p.w = read_planes(planes, out->dimensions()[1], p.act.k);
     p.w.groups = group_count(p.act.k, group_size);
     require(out->element_type() == ffi::DataType::S32 &&
                 has_shape(*out, {p.act.m, p.w.n, p.w.groups}),
@@ -192,14 +215,12 @@ ffi::Error int_matmul(ffi::ThreadPool pool, ffi::AnyBuffer codes, ffi::AnyBuffer
     std::memset(p.out, 0, out->size_bytes());
     const auto* rows = static_cast<const uint8_t*>(codes.untyped_data());
     uint8_t mask = static_cast<uint8_t>(max_level(p.act.bits));
-    parallel_rows(pool, p.act.m, p.act.k, [&](int64_t m, float* scratch) {
-      auto* padded = reinterpret_cast<uint8_t*>(scratch);
-      for (int64_t i = 0; i < p.act.k; ++i) padded[i] = rows[m * p.act.k + i] & mask;
-      std::memset(padded + p.act.k, 0, words(p.act.k) * kWordBits - p.act.k);
-      kernels().prologue_codes(p, m, padded);
+    parallel_rows(pool, p.act.m, p.act.k, [&](int64_t m, uint8_t* codes) {
+      for (int64_t i = 0; i < p.act.k; ++i) codes[i] = rows[m * p.act.k + i] & mask;
+      kernels().prologue_codes(p, m, codes);
     });
-    parallel_tiles(pool, p, [&](int64_t t, int64_t m0, int64_t m1) {
-      kernels().int_product(p, t, m0, m1);
+    parallel_blocks(pool, p, [&](int64_t block, int64_t m0, int64_t m1, uint8_t* scratch) {
+      kernels().int_product(p, block, m0, m1, scratch);
     });
   });
 }
@@ -216,13 +237,14 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer planes,
     require((p.act.bits == 0) == (p.method == Method::kFloat), "method does not fit the bits");
     require(act_group_size == group_size || act_group_size == p.act.k,
             "activation groups must be the weights' or one a token");
-    p.w = read_planes(planes, p.act.k);
+    require(out->dimensions().size() == 2, "result must have two axes");
+    p.w = read_planes(planes, out->dimensions()[1], p.act.k);
     p.w.groups = group_count(p.act.k, group_size);
-    require(has_shape(scales, {p.w.n, p.w.groups}), "scales must be [N, groups]");
+    check_groups(scales, p.w, "scales do not match the planes");
     p.w.scales = scales.untyped_data();
     p.w.scale_dtype = float_type(scales.element_type());
-    if (offsets.dimensions().size() == 2) {
-      require(has_shape(offsets, {p.w.n, p.w.groups}), "offsets must be [N, groups]");
+    if (offsets.dimensions().size() > 1) {
+      check_groups(offsets, p.w, "offsets do not match the planes");
       p.w.offsets = offsets.untyped_data();
       p.w.offset_dtype = float_type(offsets.element_type());
     }
@@ -238,9 +260,10 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer planes,
     std::vector<Segment> segments;
     set_workspace(p, segments, group_size, *workspace);
     parallel_rows(pool, p.act.m, p.act.k,
-                  [&](int64_t m, float* scratch) { kernels().prologue(p, m, scratch); });
-    parallel_tiles(pool, p,
-                   [&](int64_t t, int64_t m0, int64_t m1) { kernels().product(p, t, m0, m1); });
+                  [&](int64_t m, uint8_t* scratch) { kernels().prologue(p, m, scratch); });
+    parallel_blocks(pool, p, [&](int64_t block, int64_t m0, int64_t m1, uint8_t* scratch) {
+      kernels().product(p, block, m0, m1, scratch);
+    });
   });
 }
 

@@ -52,6 +52,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         "Scratch bytes that a product needs for each row of activations.");
   m.attr("WORD_BITS") = kWordBits;
   m.attr("MAX_BITS") = kMaxBits;
+  m.attr("TILE") = kTile;
   m.attr("ZERO_BITS") = kZeroBits;
   m.attr("MIN_SCALE") = kMinScale;
   m.attr("MAX_SCALE") = kMaxScale;

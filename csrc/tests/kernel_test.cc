@@ -59,13 +59,14 @@ struct Shape {
 
 int64_t groups_of(const Shape& s) { return s.k == 0 ? 1 : s.k / s.group; }
 
-std::string name_of(const Kernels& kernels, const Shape& s, int act_bits, int bits, Method method) {
+std::string name_of(const Kernels& kernels, const Shape& s, int act_bits, int bits, Method method,
+                    bool prepared) {
   static const char* methods[] = {"float", "codes", "planes"};
   char text[128];
-  std::snprintf(text, sizeof text, "%s %s m=%lld n=%lld k=%lld group=%lld a%d w%d", kernels.name,
+  std::snprintf(text, sizeof text, "%s %s m=%lld n=%lld k=%lld group=%lld a%d w%d%s", kernels.name,
                 methods[static_cast<int>(method)], static_cast<long long>(s.m),
                 static_cast<long long>(s.n), static_cast<long long>(s.k),
-                static_cast<long long>(s.group), act_bits, bits);
+                static_cast<long long>(s.group), act_bits, bits, prepared ? " prepared" : "");
   return text;
 }
 
@@ -73,8 +74,8 @@ std::string name_of(const Kernels& kernels, const Shape& s, int act_bits, int bi
 
 int odd(int code, int bits) { return 2 * code - ((1 << bits) - 1); }
 
-// Activations of 5 bits and more are even.
-int act_int(int code, int bits) { return odd(code, bits) - (bits >= 5); }
+// Activations of 4 bits and more are even.
+int act_int(int code, int bits) { return odd(code, bits) - (bits >= 4); }
 
 float naive_scale(const float* x, int64_t n, int bits) {
   float largest = 0;
@@ -82,7 +83,7 @@ float naive_scale(const float* x, int64_t n, int bits) {
     if (std::isnan(x[i])) return NAN;
     largest = std::max(largest, std::fabs(x[i]));
   }
-  float scale = largest * static_cast<float>(1.0 / ((1 << bits) - 1 - (bits >= 5)));
+  float scale = largest * static_cast<float>(1.0 / ((1 << bits) - 1 - (bits >= 4)));
   if (scale > kMaxScale) return NAN;
   return scale < kMinScale ? 0 : scale;
 }
@@ -91,11 +92,11 @@ int naive_code(float x, float scale, int bits) {
   bool usable = scale >= kMinScale && scale <= kMaxScale;
   float level = x * (usable ? 0.5f / scale : 0.0f);
   int top = (1 << bits) - 1, half = 1 << (bits - 1);
-  int low = bits >= 5;
+  int low = bits >= 4;
   if (std::isnan(level)) return low;
   if (std::isinf(level)) return level < 0 ? low : top;
   double steps = std::fabs(level) < kZeroLevel ? 0 : std::floor(static_cast<double>(level));
-  if (bits >= 5) steps = std::nearbyint(static_cast<double>(level));
+  if (bits >= 4) steps = std::nearbyint(static_cast<double>(level));
   return static_cast<int>(std::min<double>(std::max<double>(steps + half, low), top));
 }
 
@@ -126,31 +127,62 @@ void pack(const std::vector<int>& codes, int64_t n, int64_t k, int bits, Exact<u
   }
 }
 
+// The fields of a prepared tensor, one code at a time, by the definition in format.h.
+void pack_tiles(const std::vector<int>& codes, int64_t n, int64_t k, int bits,
+                Exact<uint32_t>& tiles) {
+  std::memset(tiles.get(), 0, sizeof(uint32_t) * tiles.size());
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t i = 0; i < k; ++i) {
+      int code = codes[r * k + i], byte = i % 32 / 8, q = i % 8, word = 0;
+      for (int c : {8, 4, 2, 1}) {
+        if (!(bits & c)) continue;
+        uint32_t part = code & ((1 << c) - 1);
+        code >>= c;
+        int64_t at = ((r / kTile * words(k) + i / 32) * bits + word + q % c) * kTile + r % kTile;
+        tiles[at] |= part << (8 * byte + c * (q / c));
+        word += c;
+      }
+    }
+  }
+}
+
+// Values [n][groups] in tiles; columns past n hold what must not matter.
+void tile_groups(const Exact<float>& values, int64_t n, int64_t groups, Exact<float>& tiled) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t g = 0; g < groups; ++g) {
+      tiled[(i / kTile * groups + g) * kTile + i % kTile] = values[i * groups + g];
+    }
+  }
+}
+
 // --- a problem with its buffers ---
 
 struct Problem {
   Shape shape;
   std::vector<Segment> segments;
-  Exact<uint32_t> planes;
+  Exact<uint32_t> planes, tiled;
   std::vector<int> codes;
   int bits;
 
   Problem(const Shape& s, int bits, std::mt19937& random)
       : shape(s), segments(segment_count(s.k, s.group)), planes(bits * s.n * words(s.k)),
+        tiled(tiles(s.n) * words(s.k) * bits * kTile),
         codes(s.n * s.k), bits(bits) {
     make_segments(s.k, s.group, segments.data());
     for (int& c : codes) c = static_cast<int>(random() & ((1u << bits) - 1));
     for (int64_t i = 0; i < s.k && s.n > 0; ++i) codes[i] = (1 << bits) - 1;  // the largest sums
     pack(codes, s.n, s.k, bits, planes);
+    pack_tiles(codes, s.n, s.k, bits, tiled);
   }
 
-  Product product(Method method, int act_bits, int64_t act_group) const {
+  Product product(Method method, int act_bits, int64_t act_group, bool prepared) const {
     Product p{};
     p.act.m = shape.m;
     p.act.k = shape.k;
     p.act.bits = act_bits;
     p.act.group_size = act_group;
-    p.w.planes = planes.get();
+    p.w.prepared = prepared;
+    p.w.planes = prepared ? tiled.get() : planes.get();
     p.w.bits = bits;
     p.w.n = shape.n;
     p.w.groups = groups_of(shape);
@@ -163,12 +195,13 @@ struct Problem {
   }
 };
 
-// Calls run(tile, m0, m1) as the XLA handlers do.
+// Calls run(block, m0, m1, scratch) as the XLA handlers do.
 template <typename Run>
-void for_tiles(const Kernels& kernels, const Shape& s, Run&& run) {
-  for (int64_t tile = 0; tile * kernels.lanes < s.n; ++tile) {
-    for (int64_t m0 = 0; m0 < s.m; m0 += kMaxRows) {
-      run(tile, m0, std::min<int64_t>(s.m, m0 + kMaxRows));
+void for_blocks(const Kernels& kernels, const Product& p, Run&& run) {
+  for (int64_t block = 0; block * kernels.columns < p.w.n; ++block) {
+    for (int64_t m0 = 0; m0 < p.act.m; m0 += kMaxRows) {
+      Exact<uint8_t> scratch(block_bytes(p, kernels.columns));
+      run(block, m0, std::min<int64_t>(p.act.m, m0 + kMaxRows), scratch.get());
     }
   }
 }
@@ -192,26 +225,26 @@ void test_integers(const Kernels& kernels, const Shape& s, int act_bits, int bit
       }
     }
   }
-  for (Method method : {Method::kCodes, Method::kPlanes}) {
-    Product p = problem.product(method, act_bits, s.group);
-    Exact<uint8_t> workspace(s.m * p.row.bytes);
-    Exact<int32_t> out(s.m * s.n * groups);
-    std::memset(out.get(), 0, sizeof(int32_t) * out.size());  // the kernel adds
-    p.workspace = workspace.get();
-    p.out = out.get();
-    for (int64_t m = 0; m < s.m; ++m) {
-      Exact<uint8_t> padded(words(s.k) * kWordBits);
-      for (int64_t i = 0; i < padded.size(); ++i) {
-        padded[i] = i < s.k ? static_cast<uint8_t>(x[m * s.k + i]) : 0;
+  for (bool prepared : {false, true}) {
+    for (Method method : {Method::kCodes, Method::kPlanes}) {
+      Product p = problem.product(method, act_bits, s.group, prepared);
+      Exact<uint8_t> workspace(s.m * p.row.bytes);
+      Exact<int32_t> out(s.m * s.n * groups);
+      std::memset(out.get(), 0, sizeof(int32_t) * out.size());  // the kernel adds
+      p.workspace = workspace.get();
+      p.out = out.get();
+      for (int64_t m = 0; m < s.m; ++m) {
+        Exact<uint8_t> padded(words(s.k) * kWordBits);
+        for (int64_t i = 0; i < s.k; ++i) padded[i] = static_cast<uint8_t>(x[m * s.k + i]);
+        kernels.prologue_codes(p, m, padded.get());
       }
-      kernels.prologue_codes(p, m, padded.get());
+      for_blocks(kernels, p, [&](int64_t block, int64_t m0, int64_t m1, uint8_t* scratch) {
+        kernels.int_product(p, block, m0, m1, scratch);
+      });
+      bool equal = std::equal(expected.begin(), expected.end(), out.get(),
+                              [](int64_t a, int32_t b) { return a == b; });
+      check(equal, "integers " + name_of(kernels, s, act_bits, bits, method, prepared));
     }
-    for_tiles(kernels, s, [&](int64_t tile, int64_t m0, int64_t m1) {
-      kernels.int_product(p, tile, m0, m1);
-    });
-    bool equal = std::equal(expected.begin(), expected.end(), out.get(),
-                            [](int64_t a, int32_t b) { return a == b; });
-    check(equal, "integers " + name_of(kernels, s, act_bits, bits, method));
   }
 }
 
@@ -221,42 +254,45 @@ void test_integers(const Kernels& kernels, const Shape& s, int act_bits, int bit
 double gamma(double roundings) { return roundings * 0x1p-24 / (1 - roundings * 0x1p-24); }
 
 void test_product(const Kernels& kernels, const Shape& s, int act_bits, int bits, Method method,
-                  bool offsets, bool token, int64_t block) {
+                  bool offsets, bool token, int64_t block, bool prepared) {
   std::mt19937 random(static_cast<unsigned>(s.k * 64 + act_bits * 8 + bits));
   std::normal_distribution<float> normal;
   Problem problem(s, bits, random);
   int64_t groups = groups_of(s), act_group = token ? s.k : s.group;
-  Product p = problem.product(method, act_bits, act_group);
+  Product p = problem.product(method, act_bits, act_group, prepared);
 
   Exact<float> x(s.m * s.k), scales(s.n * groups), minima(s.n * groups), bias(s.n);
+  Exact<float> tiled_scales(tiles(s.n) * groups * kTile), tiled_minima(tiled_scales.size());
   Exact<float> out(s.m * s.n);
   Exact<uint32_t> signs(words(s.k));
   for (int64_t i = 0; i < x.size(); ++i) x[i] = normal(random);
   for (int64_t i = 0; i < scales.size(); ++i) scales[i] = 0.01f + std::fabs(normal(random));
   for (int64_t i = 0; i < minima.size(); ++i) minima[i] = normal(random);
   for (int64_t i = 0; i < bias.size(); ++i) bias[i] = normal(random);
+  tile_groups(scales, s.n, groups, tiled_scales);
+  tile_groups(minima, s.n, groups, tiled_minima);
   for (int64_t i = 0; i < signs.size(); ++i) signs[i] = random();
   Exact<uint8_t> workspace(s.m * p.row.bytes);
   p.act.x = x.get();
   p.act.dtype = p.out_dtype = p.bias_dtype = p.w.scale_dtype = p.w.offset_dtype = DType::kF32;
   p.act.block = block;
   p.act.signs = signs.get();
-  p.w.scales = scales.get();
-  p.w.offsets = offsets ? minima.get() : nullptr;
+  p.w.scales = prepared ? tiled_scales.get() : scales.get();
+  p.w.offsets = !offsets ? nullptr : prepared ? tiled_minima.get() : minima.get();
   p.bias = bias.get();
   p.workspace = workspace.get();
   p.out = out.get();
   for (int64_t m = 0; m < s.m; ++m) {
-    Exact<float> scratch(scratch_floats(s.k));
+    Exact<uint8_t> scratch(prologue_bytes(s.k));
     kernels.prologue(p, m, scratch.get());
   }
-  for_tiles(kernels, s, [&](int64_t tile, int64_t m0, int64_t m1) {
-    kernels.product(p, tile, m0, m1);
+  for_blocks(kernels, p, [&](int64_t block, int64_t m0, int64_t m1, uint8_t* scratch) {
+    kernels.product(p, block, m0, m1, scratch);
   });
 
   // Roundings in the way of a term, as tests/oracle.py counts them.
   double count = act_bits == 0
-                     ? 4 + std::min<int64_t>(s.group, kPanelK) + 2.0 * p.segment_count
+                     ? 4.0 + s.group + 2.0 * p.segment_count
                      : 8.0 + p.segment_count;
   bool ok = true;
   for (int64_t m = 0; m < s.m; ++m) {
@@ -280,7 +316,7 @@ void test_product(const Kernels& kernels, const Shape& s, int act_bits, int bits
       ok = ok && std::fabs(out[m * s.n + n] - y) <= gamma(count) * size;
     }
   }
-  check(ok, "product " + name_of(kernels, s, act_bits, bits, method) + (offsets ? " offsets" : "") +
+  check(ok, "product " + name_of(kernels, s, act_bits, bits, method, prepared) + (offsets ? " offsets" : "") +
                 (token ? " token" : "") + (block ? " rotated" : ""));
 }
 
@@ -304,7 +340,8 @@ void test_quantizer(const Kernels& kernels, int64_t k, int64_t group, int64_t bl
   Activations a{x.get(), DType::kF32, 2 * kEdges, k, bits, group, block, signs.get()};
   bool ok = true;
   for (int64_t m = 0; m < a.m; ++m) {
-    Exact<float> scratch(scratch_floats(k)), scales(k / group);
+    Exact<uint8_t> scratch(prologue_bytes(k));
+    Exact<float> scales(k / group);
     Exact<uint8_t> codes(k);
     kernels.quantize(a, m, scratch.get(), codes.get(), scales.get());
     std::vector<float> row(x.get() + m * k, x.get() + (m + 1) * k);
@@ -331,7 +368,7 @@ void test_half_types(const Kernels& kernels) {
   Problem problem(s, 1, random);
   float one = 1;
   for (DType dtype : {DType::kF16, DType::kBF16}) {
-    Product p = problem.product(Method::kFloat, 0, 1);
+    Product p = problem.product(Method::kFloat, 0, 1, false);
     Exact<uint8_t> workspace(s.m * p.row.bytes);
     Exact<uint16_t> out(s.m);
     p.act.x = values;
@@ -341,10 +378,11 @@ void test_half_types(const Kernels& kernels) {
     p.out = out.get();
     p.out_dtype = dtype;
     for (int64_t m = 0; m < s.m; ++m) {
-      Exact<float> scratch(scratch_floats(s.k));
+      Exact<uint8_t> scratch(prologue_bytes(s.k));
       kernels.prologue(p, m, scratch.get());
     }
-    kernels.product(p, 0, 0, s.m);
+    Exact<uint8_t> scratch(block_bytes(p, kernels.columns));
+    kernels.product(p, 0, 0, s.m, scratch.get());
     bool ok = true;
     for (int64_t m = 0; m < s.m; ++m) {
       // x 2 - x, since the only weight is code 1: infinities cancel to NaN.
@@ -377,36 +415,53 @@ const Shape kShapes[] = {
     {2, 8, 384, 128}, {3, 9, 640, 320},  {2, 7, 1056, 352}, {1, 2, 1024, 32},
 };
 
-void test_kernels(const Kernels& kernels) {
-  for (int a = 1; a <= kMaxBits; ++a) {
-    for (int w = 1; w <= kMaxBits; ++w) {
-      for (const Shape& s : kAllPairs) test_integers(kernels, s, a, w);
-      for (bool offsets : {false, true}) {
-        test_product(kernels, {3, 17, 96, 32}, a, w, Method::kCodes, offsets, offsets, 0);
-        test_product(kernels, {3, 17, 96, 32}, a, w, Method::kPlanes, offsets, !offsets, 0);
+void test_products(const Kernels& kernels, bool prepared) {
+  auto test = [&](const Shape& s, int act_bits, int bits, Method method, bool offsets, bool token,
+                  int64_t block = 0) {
+    test_product(kernels, s, act_bits, bits, method, offsets, token, block, prepared);
+  };
+  for (int w = 1; w <= kMaxBits; ++w) {
+    for (bool offsets : {false, true}) {
+      for (int a = 1; a <= kMaxBits; ++a) {
+        test({3, 17, 96, 32}, a, w, Method::kCodes, offsets, offsets);
+        test({3, 17, 96, 32}, a, w, Method::kPlanes, offsets, !offsets);
       }
+      test({3, 17, 96, 32}, 0, w, Method::kFloat, offsets, false);
     }
   }
   for (const Shape& s : kShapes) {
     for (int bits : {1, 3, 8}) {
-      test_integers(kernels, s, bits, 9 - bits);
-      test_integers(kernels, s, bits, bits);
       for (bool offsets : {false, true}) {
-        test_product(kernels, s, bits, 4, Method::kCodes, offsets, false, 0);
-        test_product(kernels, s, bits, 3, Method::kPlanes, offsets, true, 0);
-        test_product(kernels, s, 0, bits, Method::kFloat, offsets, false, 0);
+        test(s, bits, 4, Method::kCodes, offsets, false);
+        test(s, bits, 3, Method::kPlanes, offsets, true);
+        test(s, 0, bits, Method::kFloat, offsets, false);
       }
     }
   }
   for (int64_t block : {64, 128}) {
     for (int act_bits : {0, 4, 8}) {
       Method method = act_bits == 0 ? Method::kFloat : Method::kCodes;
-      test_product(kernels, {3, 9, 256, 64}, act_bits, 4, method, true, true, block);
+      test({3, 9, 256, 64}, act_bits, 4, method, true, true, block);
     }
   }
   // Longer than int32 holds: segments keep each integer small.
-  test_product(kernels, {1, 2, 70000, 70000}, 8, 8, Method::kCodes, false, false, 0);
-  test_product(kernels, {1, 2, 70000, 70000}, 8, 8, Method::kPlanes, true, false, 0);
+  test({1, 2, 70000, 70000}, 8, 8, Method::kCodes, false, false);
+  test({1, 2, 70000, 70000}, 8, 8, Method::kPlanes, true, false);
+}
+
+void test_kernels(const Kernels& kernels) {
+  for (int a = 1; a <= kMaxBits; ++a) {
+    for (int w = 1; w <= kMaxBits; ++w) {
+      for (const Shape& s : kAllPairs) test_integers(kernels, s, a, w);
+    }
+  }
+  for (const Shape& s : kShapes) {
+    for (int bits : {1, 3, 8}) {
+      test_integers(kernels, s, bits, 9 - bits);
+      test_integers(kernels, s, bits, bits);
+    }
+  }
+  for (bool prepared : {false, true}) test_products(kernels, prepared);
   for (int bits = 1; bits <= kMaxBits; ++bits) {
     test_quantizer(kernels, 96, 32, 0, bits);
     test_quantizer(kernels, 33, 33, 0, bits);

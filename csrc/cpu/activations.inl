@@ -1,0 +1,183 @@
+// Activations of one row: rotate, scale, round, sum, and lay out as the product reads them.
+
+namespace anyprec::cpu {
+namespace {
+
+// Row m as float32, zero up to whole words.
+inline void load_row(const Activations& a, int64_t m, float* row) {
+  with_dtype(a.dtype, a.x, [&](auto* x) {
+    x += m * a.k;
+    int64_t i = 0;
+    for (; i + 8 <= a.k; i += 8) widen8(x + i, row + i);
+    for (; i < a.k; ++i) row[i] = to_float(x[i]);
+  });
+  for (int64_t i = a.k; i < words(a.k) * kWordBits; ++i) row[i] = 0;
+}
+
+inline void flip_signs(float* x, int64_t k, const uint32_t* signs) {
+  for (int64_t w = 0; w < words(k); ++w) {
+    for (int i = 0; i < kWordBits; ++i) {
+      float& v = x[w * kWordBits + i];
+      v = float_of(bits_of(v) ^ ((signs[w] >> i) << 31));
+    }
+  }
+}
+
+// One round inside vectors: lane i becomes x[i] + x[i + H], lane i + H becomes x[i] - x[i + H].
+template <int H>
+inline F sums_and_differences(F x) {
+  return Isa::fadd(Isa::swap_lanes<H>(x), Isa::negate_upper<H>(x));
+}
+
+// Sums and differences at distance 1, 2, 4, ... and one product: the order is part of the format.
+inline void hadamard(float* x, int64_t n, int64_t block) {
+  for (int64_t i = 0; i < n; i += L) {
+    F v = Isa::load(x + i);
+    v = sums_and_differences<1>(v);
+    v = sums_and_differences<2>(v);
+    if constexpr (L > 4) v = sums_and_differences<4>(v);
+    if constexpr (L > 8) v = sums_and_differences<8>(v);
+    Isa::store(x + i, v);
+  }
+  for (int64_t h = L; h < block; h *= 2) {
+    for (int64_t i = 0; i < n; i += 2 * h) {
+      for (int64_t j = i; j < i + h; j += L) {
+        F a = Isa::load(x + j), b = Isa::load(x + j + h);
+        Isa::store(x + j, Isa::fadd(a, b));
+        Isa::store(x + j + h, Isa::fsub(a, b));
+      }
+    }
+  }
+  float norm = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(block)));
+  for (int64_t i = 0; i < n; ++i) x[i] *= norm;
+}
+
+inline void load_rotated_row(const Activations& a, int64_t m, float* row) {
+  load_row(a, m, row);
+  if (a.block == 0) return;
+  flip_signs(row, a.k, a.signs);
+  hadamard(row, a.k, a.block);
+}
+
+// absmax / act_max_level; 0 if too small, NaN if too large or not finite. As unsigned integers,
+// magnitudes keep their order, and infinity and NaN come out largest.
+inline float absmax_scale(const float* x, int64_t n, int bits) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t u = bits_of(x[i]) & 0x7fffffffu;
+    largest = u > largest ? u : largest;
+  }
+  float scale = float_of(largest) * static_cast<float>(1.0 / act_max_level(bits));
+  if (!(scale <= kMaxScale)) return __builtin_nanf("");
+  return scale >= kMinScale ? scale : 0.0f;
+}
+
+// See encode() and act_encode() in jax_anyprec/format.py.
+template <bool HasZero>
+inline void encode(const float* x, int64_t n, float scale, int bits, uint8_t* codes) {
+  float inverse = scale >= kMinScale && scale <= kMaxScale ? 0.5f / scale : 0.0f;
+  int half = 1 << (bits - 1);
+  float low = static_cast<float>(HasZero - half), high = static_cast<float>(half - 1);
+  for (int64_t i = 0; i < n; ++i) {
+    float level = x[i] * inverse;
+    if (HasZero) {
+      level = __builtin_rintf(level);
+    } else {
+      level = __builtin_fabsf(level) < kZeroLevel ? 0.0f : __builtin_floorf(level);
+    }
+    level = level >= low ? level : low;
+    level = level <= high ? level : high;
+    codes[i] = static_cast<uint8_t>(static_cast<int32_t>(level) + half);
+  }
+}
+
+inline void quantize_row(const Activations& a, const float* row, uint8_t* codes, float* scales) {
+  if (a.k == 0) {
+    scales[0] = 0;
+    return;
+  }
+  for (int64_t begin = 0, g = 0; begin < a.k; begin += a.group_size, ++g) {
+    scales[g] = absmax_scale(row + begin, a.group_size, a.bits);
+    if (a.bits < kZeroBits) {
+      encode<false>(row + begin, a.group_size, scales[g], a.bits, codes + begin);
+    } else {
+      encode<true>(row + begin, a.group_size, scales[g], a.bits, codes + begin);
+    }
+  }
+}
+
+// Codes uint8[words * 32] to signed bytes in place: integers over their unit, 0 past k.
+inline void to_signed(uint8_t* codes, int64_t k, int bits) {
+  int twice = act_unit(bits) == 1, centre = act_centre(bits) / act_unit(bits);
+  for (int64_t i = 0; i < k; ++i) {
+    codes[i] = static_cast<uint8_t>((codes[i] << twice) - centre);
+  }
+  for (int64_t i = k; i < words(k) * kWordBits; ++i) codes[i] = 0;
+}
+
+// Payload and sums of row m from codes uint8[words * 32], which are used up.
+inline void store_codes(const Product& p, int64_t m, uint8_t* codes) {
+  const Activations& a = p.act;
+  int64_t nwords = words(a.k);
+  if (p.method == Method::kPlanes) {
+    uint32_t* planes = row_part_mut<uint32_t>(p, m, 0);
+    for (int64_t i = a.k; i < nwords * kWordBits; ++i) codes[i] = 0;
+    for (int i = 0; i < a.bits; ++i) {
+      for (int64_t w = 0; w < nwords; ++w) {
+        planes[i * nwords + w] = Isa::pack_word(codes + w * kWordBits, i);
+      }
+    }
+  }
+  to_signed(codes, a.k, a.bits);
+  int32_t* sums = row_part_mut<int32_t>(p, m, p.row.sums);
+  for (int64_t s = 0; s < p.segment_count; ++s) {
+    const Segment& seg = p.segments[s];
+    const int8_t* c = reinterpret_cast<const int8_t*>(codes) + int64_t{seg.word} * kWordBits;
+    int32_t sum = 0;
+    for (int i = 0; i < seg.words * kWordBits; ++i) sum += c[i];
+    sums[s] = sum * (p.method == Method::kPlanes ? act_unit(a.bits) : 1);
+  }
+  if (p.method == Method::kCodes) {
+    uint8_t* out = row_part_mut<uint8_t>(p, m, 0);
+    for (int64_t w = 0; w < nwords; ++w) {
+      Isa::transpose_8x4(codes + w * kWordBits, out + w * kWordBits);
+    }
+  }
+}
+
+void prologue(const Product& p, int64_t m, uint8_t* scratch) {
+  const Activations& a = p.act;
+  if (p.method == Method::kFloat) {
+    float* row = row_part_mut<float>(p, m, 0);
+    load_rotated_row(a, m, row);
+    float* sums = row_part_mut<float>(p, m, p.row.sums);
+    for (int64_t s = 0; s < p.segment_count; ++s) {
+      const float* x = row + int64_t{p.segments[s].word} * kWordBits;
+      float sum = 0;
+      for (int i = 0; i < p.segments[s].k; ++i) sum += x[i];
+      sums[s] = sum;
+    }
+    return;
+  }
+  float* row = reinterpret_cast<float*>(scratch);
+  uint8_t* codes = scratch + words(a.k) * kWordBits * sizeof(float);
+  float* scales = row_part_mut<float>(p, m, p.row.scales);
+  load_rotated_row(a, m, row);
+  quantize_row(a, row, codes, scales);
+  if (p.method == Method::kCodes && act_unit(a.bits) != 1) {
+    int64_t groups = a.k == 0 ? 1 : a.k / a.group_size;
+    for (int64_t g = 0; g < groups; ++g) scales[g] *= static_cast<float>(act_unit(a.bits));
+  }
+  store_codes(p, m, codes);
+}
+
+void prologue_codes(const Product& p, int64_t m, uint8_t* codes) { store_codes(p, m, codes); }
+
+void quantize(const Activations& a, int64_t m, uint8_t* scratch, uint8_t* codes, float* scales) {
+  float* row = reinterpret_cast<float*>(scratch);
+  load_rotated_row(a, m, row);
+  quantize_row(a, row, codes, scales);
+}
+
+}  // namespace
+}  // namespace anyprec::cpu

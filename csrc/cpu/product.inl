@@ -1,0 +1,365 @@
+// Products of R rows of activations with one block of columns, and their epilogues.
+
+namespace anyprec::cpu {
+namespace {
+
+template <int X>
+using Int = std::integral_constant<int, X>;
+
+// --- Inner products over one segment ---
+
+// t = sum c q_w, where c is the activation's integer over its unit.
+template <int W, int R>
+inline void dot_codes(const Product& p, int64_t m, const Block& b, const Segment& seg,
+                      V (&t)[R][NV]) {
+  constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;  // independent sums hide the latency
+  const int8_t* x[R];
+  V sums[R][NV][kChains];
+  for (int r = 0; r < R; ++r) {
+    x[r] = row_part<int8_t>(p, m + r, 0) + int64_t{seg.word} * kWordBits;
+    for (auto& columns : sums[r]) {
+      for (V& sum : columns) sum = Isa::zero();
+    }
+  }
+  const uint32_t* w[NV];
+  for (int v = 0; v < NV; ++v) w[v] = b.words[v] + int64_t{seg.word} * W * kTile;
+  for (int i = 0; i < seg.words; ++i) {
+    V fields[NV][W];
+    for (int v = 0; v < NV; ++v) {
+      load_fields<W>(w[v] + int64_t{i} * W * kTile, fields[v]);
+      for (int j = 0; j < W; ++j) prefetch_ahead(w[v] + (int64_t{i} * W + j) * kTile);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < 8; ++q) {
+      V codes[NV];
+      for (int v = 0; v < NV; ++v) codes[v] = codes_of<W>(fields[v], q);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        int32_t four;
+        std::memcpy(&four, x[r] + i * kWordBits + 4 * q, 4);
+        V xs = Isa::broadcast(four);
+        for (int v = 0; v < NV; ++v) {
+          V& sum = sums[r][v][q % kChains];
+          sum = Isa::template dot4<W>(sum, codes[v], xs);
+        }
+      }
+    }
+  }
+  // sum c (2 u_w - B)
+  for (int r = 0; r < R; ++r) {
+    int32_t x_sum = row_part<int32_t>(p, m + r, p.row.sums)[&seg - p.segments];
+    V constant = Isa::broadcast(-max_level(W) * x_sum);
+    for (int v = 0; v < NV; ++v) {
+      V sum = sums[r][v][0];
+      for (int c = 1; c < kChains; ++c) sum = Isa::add(sum, sums[r][v][c]);
+      t[r][v] = Isa::add(Isa::add(sum, sum), constant);
+    }
+  }
+}
+
+// t = sum q_x q_w by xor + popcount over pairs of planes: k A B - 2 sum 2^(i+j) popcount with the
+// odd integers. Activations with a zero are one less, which takes away the sum of q_w.
+template <int R>
+inline void dot_planes(const Product& p, int64_t m, const Block& b, const Segment& seg,
+                       V (&t)[R][NV]) {
+  int64_t nwords = words(p.act.k);
+  int bits = p.w.bits, level = max_level(bits);
+  for (int v = 0; v < NV; ++v) {
+    V constant = Isa::broadcast(seg.k * max_level(p.act.bits) * level);
+    for (int r = 0; r < R; ++r) t[r][v] = constant;
+  }
+  for (int j = 0; j < bits; ++j) {
+    const uint32_t* w[NV];
+    for (int v = 0; v < NV; ++v) w[v] = b.words[v] + (int64_t{seg.word} * bits + j) * kTile;
+    for (int i = 0; i < p.act.bits; ++i) {
+      const uint32_t* x[R];
+      for (int r = 0; r < R; ++r) {
+        x[r] = row_part<uint32_t>(p, m + r, 0) + i * nwords + seg.word;
+      }
+      V counts[R][NV];
+      for (auto& row : counts) {
+        for (V& count : row) count = Isa::zero();
+      }
+#pragma GCC unroll 4
+      for (int word = 0; word < seg.words; ++word) {
+        V columns[NV];
+        for (int v = 0; v < NV; ++v) {
+          const uint32_t* at = w[v] + int64_t{word} * bits * kTile;
+          columns[v] = Isa::load_ints(at);
+          prefetch_ahead(at);
+        }
+        for (int r = 0; r < R; ++r) {
+          V xs = Isa::broadcast(static_cast<int32_t>(x[r][word]));
+          for (int v = 0; v < NV; ++v) {
+            V differ = Isa::popcount(Isa::bit_xor(columns[v], xs));
+            counts[r][v] = Isa::add(counts[r][v], differ);
+          }
+        }
+      }
+      V factor = Isa::broadcast(-(2 << (i + j)));
+      for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < NV; ++v) t[r][v] = Isa::add(t[r][v], Isa::mul(counts[r][v], factor));
+      }
+    }
+  }
+  if (p.act.bits < kZeroBits) return;
+  for (int v = 0; v < NV; ++v) {
+    V w_sum = Isa::broadcast(-seg.k * level);
+    for (int j = 0; j < bits; ++j) {
+      const uint32_t* w = b.words[v] + (int64_t{seg.word} * bits + j) * kTile;
+      for (int word = 0; word < seg.words; ++word) {
+        V count = Isa::popcount(Isa::load_ints(w + int64_t{word} * bits * kTile));
+        w_sum = Isa::add(w_sum, Isa::mul(count, Isa::broadcast(2 << j)));
+      }
+    }
+    for (int r = 0; r < R; ++r) t[r][v] = Isa::sub(t[r][v], w_sum);
+  }
+}
+
+// t = sum x u_w in float32.
+template <int W, int R>
+inline void dot_floats(const Product& p, int64_t m, const Block& b, const Segment& seg,
+                       F (&t)[R][NV]) {
+  constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;
+  const float* x[R];
+  F sums[R][NV][kChains];
+  for (int r = 0; r < R; ++r) {
+    x[r] = row_part<float>(p, m + r, 0) + int64_t{seg.word} * kWordBits;
+    for (auto& columns : sums[r]) {
+      for (F& sum : columns) sum = Isa::fzero();
+    }
+  }
+  const uint32_t* w[NV];
+  for (int v = 0; v < NV; ++v) w[v] = b.words[v] + int64_t{seg.word} * W * kTile;
+  for (int i = 0; i < seg.words; ++i) {
+    V fields[NV][W];
+    for (int v = 0; v < NV; ++v) {
+      load_fields<W>(w[v] + int64_t{i} * W * kTile, fields[v]);
+      for (int j = 0; j < W; ++j) prefetch_ahead(w[v] + (int64_t{i} * W + j) * kTile);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < 8; ++q) {
+      V codes[NV];
+      for (int v = 0; v < NV; ++v) codes[v] = codes_of<W>(fields[v], q);
+#pragma GCC unroll 4
+      for (int byte = 0; byte < 4; ++byte) {
+        F values[NV];
+        for (int v = 0; v < NV; ++v) values[v] = Isa::template byte_to_float<W>(codes[v], byte);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          F xs = Isa::fbroadcast(x[r][i * kWordBits + 8 * byte + q]);
+          for (int v = 0; v < NV; ++v) {
+            F& sum = sums[r][v][byte % kChains];
+            sum = Isa::fma(values[v], xs, sum);
+          }
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < NV; ++v) {
+      F sum = sums[r][v][0];
+      for (int c = 1; c < kChains; ++c) sum = Isa::fadd(sum, sums[r][v][c]);
+      t[r][v] = sum;
+    }
+  }
+}
+
+template <int W, Method kMethod, int R>
+inline void dot_ints(const Product& p, int64_t m, const Block& b, const Segment& seg,
+                     V (&t)[R][NV]) {
+  if constexpr (kMethod == Method::kPlanes) {
+    dot_planes<R>(p, m, b, seg, t);
+  } else {
+    dot_codes<W, R>(p, m, b, seg, t);
+  }
+}
+
+// --- Epilogues ---
+
+// L scales or offsets from element `at`.
+inline F load_lanes(const void* data, DType dtype, int64_t at) {
+  switch (dtype) {
+    case DType::kF32: return Isa::load(static_cast<const float*>(data) + at);
+    case DType::kF16: return Isa::load_half(static_cast<const uint16_t*>(data) + at);
+    case DType::kBF16: return Isa::load_bfloat(static_cast<const uint16_t*>(data) + at);
+  }
+  __builtin_unreachable();
+}
+
+// y += s_x (s_w sum q_x q_w), with offsets y += s_x (s_w sum q_x q_w + centre sum q_x).
+template <int R>
+inline void add_ints(const Product& p, int64_t m, const Block& b, const Segment& seg,
+                     const V (&t)[R][NV], F (&y)[R][NV]) {
+  int64_t act_group = int64_t{seg.word} * kWordBits / p.act.group_size;
+  F scales[NV], centres[NV];
+  for (int v = 0; v < NV; ++v) {
+    int64_t at = b.scale_at[v] + int64_t{seg.group} * kTile;
+    scales[v] = load_lanes(b.scales, b.scale_dtype, at);
+    if (b.offsets == nullptr) continue;
+    F level = Isa::fbroadcast(static_cast<float>(max_level(p.w.bits)));
+    centres[v] = Isa::fma(scales[v], level, load_lanes(b.offsets, b.offset_dtype, at));
+  }
+  for (int r = 0; r < R; ++r) {
+    F act_scale = Isa::fbroadcast(row_part<float>(p, m + r, p.row.scales)[act_group]);
+    int32_t x_sum = row_part<int32_t>(p, m + r, p.row.sums)[&seg - p.segments];
+    F x_sums = Isa::fbroadcast(static_cast<float>(x_sum));
+    for (int v = 0; v < NV; ++v) {
+      F sum = Isa::fmul(scales[v], Isa::to_float(t[r][v]));
+      if (b.offsets != nullptr) sum = Isa::fma(centres[v], x_sums, sum);
+      y[r][v] = Isa::fma(sum, act_scale, y[r][v]);
+    }
+  }
+}
+
+// y += 2 s_w sum x u_w + offset sum x, where a tensor without offsets has -s_w B.
+template <int R>
+inline void add_floats(const Product& p, int64_t m, const Block& b, const Segment& seg,
+                       const F (&t)[R][NV], F (&y)[R][NV]) {
+  for (int v = 0; v < NV; ++v) {
+    int64_t at = b.scale_at[v] + int64_t{seg.group} * kTile;
+    F scale = load_lanes(b.scales, b.scale_dtype, at), twice = Isa::fadd(scale, scale);
+    F minus_level = Isa::fbroadcast(static_cast<float>(-max_level(p.w.bits)));
+    F per_sum = b.offsets == nullptr ? Isa::fmul(scale, minus_level)
+                                     : load_lanes(b.offsets, b.offset_dtype, at);
+    for (int r = 0; r < R; ++r) {
+      float sum = row_part<float>(p, m + r, p.row.sums)[&seg - p.segments];
+      y[r][v] = Isa::fma(per_sum, Isa::fbroadcast(sum), y[r][v]);
+      y[r][v] = Isa::fma(twice, t[r][v], y[r][v]);
+    }
+  }
+}
+
+// Calls step(m, R) over rows m0..m1 in pieces of R = Isa::kRows, then 4, 2 and 1.
+template <typename Step>
+inline void for_row_blocks(int64_t m0, int64_t m1, Step&& step) {
+  int64_t m = m0;
+  for (; m + Isa::kRows <= m1; m += Isa::kRows) step(m, Int<Isa::kRows>{});
+  for (; m + 4 <= m1; m += 4) step(m, Int<4>{});
+  for (; m + 2 <= m1; m += 2) step(m, Int<2>{});
+  for (; m < m1; ++m) step(m, Int<1>{});
+}
+
+// Vectors of the block that lie inside the matrix, the last perhaps in part.
+inline int columns_left(const Product& p, int64_t n) {
+  return static_cast<int>(n < p.w.n ? min64(L, p.w.n - n) : 0);
+}
+
+template <int R>
+inline void store_rows(const Product& p, int64_t block, int64_t m, const F (&y)[R][NV]) {
+  for (int v = 0; v < NV; ++v) {
+    int64_t n = block * kColumns + v * L;
+    int count = columns_left(p, n);
+    alignas(64) float bias[L] = {};
+    if (p.bias != nullptr) {
+      with_dtype(p.bias_dtype, p.bias, [&](auto* b) {
+        for (int i = 0; i < count; ++i) bias[i] = to_float(b[n + i]);
+      });
+    }
+    for (int r = 0; r < R; ++r) {
+      F result = Isa::fadd(y[r][v], Isa::load(bias));
+      if (count == L && p.out_dtype == DType::kF32) {
+        Isa::store(static_cast<float*>(p.out) + (m + r) * p.w.n + n, result);
+        continue;
+      }
+      alignas(64) float values[L];
+      Isa::store(values, result);
+      with_dtype(p.out_dtype, p.out, [&](auto* typed) {
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+        T* out = const_cast<T*>(typed) + (m + r) * p.w.n + n;
+        for (int i = 0; i < count; ++i) from_float(values[i], out[i]);
+      });
+    }
+  }
+}
+
+template <int W, Method kMethod>
+void product_rows(const Product& p, const Block& b, int64_t block, int64_t m0, int64_t m1) {
+  for_row_blocks(m0, m1, [&](int64_t m, auto rows) {
+    constexpr int R = decltype(rows)::value;
+    F y[R][NV];
+    for (auto& row : y) {
+      for (F& value : row) value = Isa::fzero();
+    }
+    for (int64_t s = 0; s < p.segment_count; ++s) {
+      const Segment& seg = p.segments[s];
+      if constexpr (kMethod == Method::kFloat) {
+        F t[R][NV];
+        dot_floats<W, R>(p, m, b, seg, t);
+        add_floats<R>(p, m, b, seg, t, y);
+      } else {
+        V t[R][NV];
+        dot_ints<W, kMethod, R>(p, m, b, seg, t);
+        add_ints<R>(p, m, b, seg, t, y);
+      }
+    }
+    store_rows<R>(p, block, m, y);
+  });
+}
+
+template <typename Call>
+inline void with_bits(int bits, Call&& call) {
+  switch (bits) {
+    case 1: return call(Int<1>{});
+    case 2: return call(Int<2>{});
+    case 3: return call(Int<3>{});
+    case 4: return call(Int<4>{});
+    case 5: return call(Int<5>{});
+    case 6: return call(Int<6>{});
+    case 7: return call(Int<7>{});
+    case 8: return call(Int<8>{});
+  }
+}
+
+void product(const Product& p, int64_t block, int64_t m0, int64_t m1, uint8_t* scratch) {
+  with_bits(p.w.bits, [&](auto bits) {
+    constexpr int W = decltype(bits)::value;
+    Block b = make_block<W>(p, block, scratch);
+    switch (p.method) {
+      case Method::kFloat: return product_rows<W, Method::kFloat>(p, b, block, m0, m1);
+      case Method::kCodes: return product_rows<W, Method::kCodes>(p, b, block, m0, m1);
+      // Its loops are over bits that are known at run time only.
+      case Method::kPlanes: return product_rows<1, Method::kPlanes>(p, b, block, m0, m1);
+    }
+  });
+}
+
+template <int W, Method kMethod>
+void int_product_rows(const Product& p, const Block& b, int64_t block, int64_t m0, int64_t m1) {
+  V unit = Isa::broadcast(kMethod == Method::kCodes ? act_unit(p.act.bits) : 1);
+  for_row_blocks(m0, m1, [&](int64_t m, auto rows) {
+    constexpr int R = decltype(rows)::value;
+    for (int64_t s = 0; s < p.segment_count; ++s) {
+      const Segment& seg = p.segments[s];
+      V t[R][NV];
+      dot_ints<W, kMethod, R>(p, m, b, seg, t);
+      for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < NV; ++v) {
+          int64_t n = block * kColumns + v * L;
+          alignas(64) uint32_t lanes[L];
+          Isa::store_ints(lanes, Isa::mul(t[r][v], unit));
+          auto* out = static_cast<uint32_t*>(p.out) + ((m + r) * p.w.n + n) * p.w.groups;
+          for (int i = 0; i < columns_left(p, n); ++i) out[i * p.w.groups + seg.group] += lanes[i];
+        }
+      }
+    }
+  });
+}
+
+void int_product(const Product& p, int64_t block, int64_t m0, int64_t m1, uint8_t* scratch) {
+  with_bits(p.w.bits, [&](auto bits) {
+    constexpr int W = decltype(bits)::value;
+    Block b = make_block<W>(p, block, scratch);
+    if (p.method == Method::kPlanes) {
+      int_product_rows<1, Method::kPlanes>(p, b, block, m0, m1);
+    } else {
+      int_product_rows<W, Method::kCodes>(p, b, block, m0, m1);
+    }
+  });
+}
+
+constexpr Kernels kKernels = {Isa::kName, kColumns, prologue, prologue_codes, quantize, product,
+                              int_product};
+
+}  // namespace
+}  // namespace anyprec::cpu
