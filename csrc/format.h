@@ -14,7 +14,7 @@ constexpr int kMaxBits = 8;
 // hold fields: for each part of c = 8, 4, 2, 1 bits that the number of bits is the sum of, low bits
 // first, c words; the code of index 8 b + q is in word q % c, from bit 8 b + c (q / c) up. Scales
 // and offsets of prepared tensors are [ceil(N / kTile)][groups][kTile].
-constexpr int kTile = 16;
+constexpr int kTile = 32;
 
 // Usable scales: inside this range encode() meets no float32 overflow or subnormal.
 constexpr float kMinScale = 0x1p-100f;

@@ -17,6 +17,7 @@ struct Isa {
   static constexpr int kLanes = 8;
   static constexpr int kVectors = 2;
   static constexpr int kRows = 4;
+  static constexpr bool kScaledFields = false;  // dot4 of 8 bits is slower
   using V = __m256i;
   using F = __m256;
 
@@ -26,6 +27,7 @@ struct Isa {
   static V mul(V a, V b) { return _mm256_mullo_epi32(a, b); }
   static V sub(V a, V b) { return _mm256_sub_epi32(a, b); }
   static V shl(V a, int n) { return _mm256_slli_epi32(a, n); }
+  static V sar(V a, int n) { return _mm256_srai_epi32(a, n); }
   static V shr(V a, int n) { return _mm256_srli_epi32(a, n); }
   static V bit_and(V a, V b) { return _mm256_and_si256(a, b); }
   static V bit_or(V a, V b) { return _mm256_or_si256(a, b); }

@@ -17,6 +17,7 @@ struct Isa {
   static constexpr int kLanes = 16;
   static constexpr int kVectors = 2;
   static constexpr int kRows = 8;
+  static constexpr bool kScaledFields = true;
   using V = __m512i;
   using F = __m512;
 
@@ -26,6 +27,7 @@ struct Isa {
   static V sub(V a, V b) { return _mm512_sub_epi32(a, b); }
   static V mul(V a, V b) { return _mm512_mullo_epi32(a, b); }
   static V shl(V a, int n) { return _mm512_slli_epi32(a, n); }
+  static V sar(V a, int n) { return _mm512_srai_epi32(a, n); }
   static V shr(V a, int n) { return _mm512_srli_epi32(a, n); }
   static V bit_and(V a, V b) { return _mm512_and_si512(a, b); }
   static V bit_or(V a, V b) { return _mm512_or_si512(a, b); }

@@ -6,7 +6,7 @@ namespace {
 // Vectors of columns that a product handles at once.
 constexpr int NV = Isa::kVectors;
 constexpr int kColumns = NV * L;
-static_assert(kColumns % kTile == 0 && kTile % L == 0);
+static_assert(kTile % kColumns == 0);  // so a block lies in one tile
 
 // Vector v of bit word j of word t is at words[v] + (t * bits + j) * kTile; its scale of group g is
 // element scale_at[v] + g * kTile of `scales`, and so for offsets.
@@ -74,13 +74,6 @@ inline V codes_of(const V* x, int q) {
 }
 
 // --- From planes to a block ---
-
-// Weights are read once and in order, but rows of vectors cross pages, where the hardware's own
-// prefetching stops.
-inline void prefetch_ahead(const uint32_t* at) {
-  constexpr uintptr_t kBytes = 2048;
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + kBytes));
-}
 
 template <int W>
 inline void load_fields(const uint32_t* at, V* x) {
@@ -156,7 +149,7 @@ Block prepared_block(const Product& p, int64_t block, uint8_t* scratch) {
     b.words[v] = p.w.planes + tile * tile_words + lane;
     b.scale_at[v] = tile * p.w.groups * kTile + lane;
     if (W > 1 && p.method == Method::kPlanes) {
-      uint32_t* out = planes + v * L / kTile * tile_words + v * L % kTile;
+      uint32_t* out = planes + v * L;
       fields_to_planes<W>(b.words[v], words(p.act.k), out);
       b.words[v] = out;
     }
@@ -168,16 +161,15 @@ template <int W>
 Block gathered_block(const Product& p, int64_t block, uint8_t* scratch) {
   int64_t tile_words = words(p.act.k) * W * kTile;
   auto* fields = reinterpret_cast<uint32_t*>(scratch);
-  auto* scales = reinterpret_cast<float*>(fields + tile_words * (kColumns / kTile));
-  float* offsets = scales + p.w.groups * kColumns;
+  auto* scales = reinterpret_cast<float*>(fields + tile_words);
+  float* offsets = scales + p.w.groups * kTile;
   Block b{{}, scales, p.w.offsets == nullptr ? nullptr : offsets, DType::kF32, DType::kF32, {}};
   for (int v = 0; v < NV; ++v) {
-    int64_t n = column_of(p, block, v), tile = v * L / kTile, lane = v * L % kTile;
+    int64_t n = column_of(p, block, v);
     int rows = static_cast<int>(min64(L, p.w.n - n));
-    uint32_t* out = fields + tile * tile_words + lane;
-    b.words[v] = out;
-    b.scale_at[v] = tile * p.w.groups * kTile + lane;
-    gather_columns<W>(p, n, rows, p.method != Method::kPlanes, out);
+    b.words[v] = fields + v * L;
+    b.scale_at[v] = v * L;
+    gather_columns<W>(p, n, rows, p.method != Method::kPlanes, fields + v * L);
     // An integer product has no scales.
     if (p.w.scales != nullptr) {
       gather_groups(p, p.w.scales, p.w.scale_dtype, n, rows, scales + b.scale_at[v]);

@@ -88,7 +88,7 @@ struct Kernels {
                    float* scales);
 
   // Output columns block * columns .. and rows m0 .. m1, at most kMaxRows of them. `scratch` holds
-  // block_bytes(p, columns), aligned to 64.
+  // block_bytes(p), aligned to 64.
   void (*product)(const Product& p, int64_t block, int64_t m0, int64_t m1, uint8_t* scratch);
 
   // Exact sums of q_x q_w for each group of the same columns and rows, added to p.out.
@@ -105,8 +105,8 @@ RowLayout row_layout(int64_t k, int64_t segments, int64_t act_groups, int act_bi
 // Room for a row of floats and its codes.
 int64_t prologue_bytes(int64_t k);
 
-// Room for a block of weights brought into the order that its product reads.
-int64_t block_bytes(const Product& p, int columns);
+// Room for a tile of weights brought into the order that its product reads.
+int64_t block_bytes(const Product& p);
 
 // Number of segments for K in groups, and the segments themselves.
 int64_t segment_count(int64_t k, int64_t group_size);

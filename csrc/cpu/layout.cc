@@ -46,11 +46,11 @@ RowLayout row_layout(int64_t k, int64_t segments, int64_t act_groups, int act_bi
 
 int64_t prologue_bytes(int64_t k) { return align64(words(k) * kWordBits * 5); }
 
-int64_t block_bytes(const Product& p, int columns) {
-  int64_t plane_words = words(p.act.k) * p.w.bits * columns;
+int64_t block_bytes(const Product& p) {
+  int64_t plane_words = words(p.act.k) * p.w.bits * kTile;
   // A prepared tensor is read where it is, but for planes made of its fields.
   if (p.w.prepared) return p.method == Method::kPlanes && p.w.bits > 1 ? 4 * plane_words : 0;
-  return 4 * plane_words + 8 * p.w.groups * columns;
+  return 4 * plane_words + 8 * p.w.groups * kTile;
 }
 
 }  // namespace anyprec::cpu

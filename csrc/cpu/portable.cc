@@ -13,6 +13,7 @@ struct Isa {
   static constexpr int kLanes = 4;
   static constexpr int kVectors = 4;  // of output columns that are worked on together
   static constexpr int kRows = 4;     // rows of activations that are
+  static constexpr bool kScaledFields = false;  // whether codes of 8 bits multiply as fast as others
   typedef int32_t V __attribute__((vector_size(16)));
   typedef uint32_t U __attribute__((vector_size(16)));
   typedef float F __attribute__((vector_size(16)));
@@ -24,6 +25,7 @@ struct Isa {
   static V mul(V a, V b) { return (V)((U)a * (U)b); }
   static V sub(V a, V b) { return (V)((U)a - (U)b); }
   static V shl(V a, int n) { return (V)((U)a << n); }
+  static V sar(V a, int n) { return a >> n; }
   static V shr(V a, int n) { return (V)((U)a >> n); }
   static V bit_and(V a, V b) { return a & b; }
   static V bit_or(V a, V b) { return a | b; }

@@ -8,27 +8,57 @@ using Int = std::integral_constant<int, X>;
 
 // --- Inner products over one segment ---
 
-// t = sum c q_w, where c is the activation's integer over its unit.
-template <int W, int R>
-inline void dot_codes(const Product& p, int64_t m, const Block& b, const Segment& seg,
-                      V (&t)[R][NV]) {
-  constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;  // independent sums hide the latency
-  const int8_t* x[R];
-  V sums[R][NV][kChains];
-  for (int r = 0; r < R; ++r) {
-    x[r] = row_part<int8_t>(p, m + r, 0) + int64_t{seg.word} * kWordBits;
-    for (auto& columns : sums[r]) {
-      for (V& sum : columns) sum = Isa::zero();
+// sum c u_w of one row, with fields left in place: a mask alone takes them out, the sums of each
+// place are 2^place too large, and are put together at the end. The shifts that this spares are
+// what limits decoding. For W of 1, 2 or 4.
+template <int W>
+inline void dot_fields(const int8_t* x, const uint32_t* const (&w)[NV], int nwords, V (&sum)[NV]) {
+  // More places than chains would not fit the registers; more chains than places hide latency.
+  constexpr int kChains = 4, kPlaces = W == 4 ? 2 : 4, kShare = kChains / kPlaces;
+  V sums[NV][kChains];
+  for (auto& chains : sums) {
+    for (V& chain : chains) chain = Isa::zero();
+  }
+  for (int i = 0; i < nwords; ++i) {
+    V fields[NV][W];
+    for (int v = 0; v < NV; ++v) load_fields<W>(w[v] + int64_t{i} * W * kTile, fields[v]);
+#pragma GCC unroll 8
+    for (int q = 0; q < 8; ++q) {
+      int32_t four;
+      std::memcpy(&four, x + i * kWordBits + 4 * q, 4);
+      V xs = Isa::broadcast(four);
+      int place = q / W % kPlaces, word = q % W;
+      V mask = Isa::broadcast(static_cast<int32_t>(max_level(W) * 0x01010101u << (place * W)));
+      for (int v = 0; v < NV; ++v) {
+        if (place == 0 && q / W > 0) fields[v][word] = Isa::shr(fields[v][word], W * kPlaces);
+        V& chain = sums[v][place * kShare + q % kShare];
+        chain = Isa::template dot4<8>(chain, Isa::bit_and(fields[v][word], mask), xs);
+      }
     }
   }
-  const uint32_t* w[NV];
-  for (int v = 0; v < NV; ++v) w[v] = b.words[v] + int64_t{seg.word} * W * kTile;
-  for (int i = 0; i < seg.words; ++i) {
-    V fields[NV][W];
-    for (int v = 0; v < NV; ++v) {
-      load_fields<W>(w[v] + int64_t{i} * W * kTile, fields[v]);
-      for (int j = 0; j < W; ++j) prefetch_ahead(w[v] + (int64_t{i} * W + j) * kTile);
+  for (int v = 0; v < NV; ++v) {
+    sum[v] = Isa::zero();
+    for (int place = kPlaces - 1; place >= 0; --place) {
+      sum[v] = Isa::sar(sum[v], W);
+      for (int c = 0; c < kShare; ++c) sum[v] = Isa::add(sum[v], sums[v][place * kShare + c]);
     }
+  }
+}
+
+// sum c u_w of R rows, with the codes of each quad brought to the low bits of their bytes.
+template <int W, int R>
+inline void dot_quads(const int8_t* const (&x)[R], const uint32_t* const (&w)[NV], int nwords,
+                      V (&sum)[R][NV]) {
+  constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;  // independent sums hide the latency
+  V sums[R][NV][kChains];
+  for (auto& row : sums) {
+    for (auto& chains : row) {
+      for (V& chain : chains) chain = Isa::zero();
+    }
+  }
+  for (int i = 0; i < nwords; ++i) {
+    V fields[NV][W];
+    for (int v = 0; v < NV; ++v) load_fields<W>(w[v] + int64_t{i} * W * kTile, fields[v]);
 #pragma GCC unroll 8
     for (int q = 0; q < 8; ++q) {
       V codes[NV];
@@ -39,21 +69,45 @@ inline void dot_codes(const Product& p, int64_t m, const Block& b, const Segment
         std::memcpy(&four, x[r] + i * kWordBits + 4 * q, 4);
         V xs = Isa::broadcast(four);
         for (int v = 0; v < NV; ++v) {
-          V& sum = sums[r][v][q % kChains];
-          sum = Isa::template dot4<W>(sum, codes[v], xs);
+          V& chain = sums[r][v][q % kChains];
+          chain = Isa::template dot4<W>(chain, codes[v], xs);
         }
       }
     }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < NV; ++v) {
+      sum[r][v] = sums[r][v][0];
+      for (int c = 1; c < kChains; ++c) sum[r][v] = Isa::add(sum[r][v], sums[r][v][c]);
+    }
+  }
+}
+
+// t = sum c q_w, where c is the activation's integer over its unit.
+template <int W, int R>
+inline void dot_codes(const Product& p, int64_t m, const Block& b, const Segment& seg,
+                      V (&t)[R][NV]) {
+  constexpr int kLongWords = 8;  // below, putting places together costs more than shifts
+  const int8_t* x[R];
+  for (int r = 0; r < R; ++r) {
+    x[r] = row_part<int8_t>(p, m + r, 0) + int64_t{seg.word} * kWordBits;
+  }
+  const uint32_t* w[NV];
+  for (int v = 0; v < NV; ++v) w[v] = b.words[v] + int64_t{seg.word} * W * kTile;
+  if constexpr (Isa::kScaledFields && R == 1 && (W == 1 || W == 2 || W == 4)) {
+    if (W == 4 || seg.words >= kLongWords) {
+      dot_fields<W>(x[0], w, seg.words, t[0]);
+    } else {
+      dot_quads<W, R>(x, w, seg.words, t);
+    }
+  } else {
+    dot_quads<W, R>(x, w, seg.words, t);
   }
   // sum c (2 u_w - B)
   for (int r = 0; r < R; ++r) {
     int32_t x_sum = row_part<int32_t>(p, m + r, p.row.sums)[&seg - p.segments];
     V constant = Isa::broadcast(-max_level(W) * x_sum);
-    for (int v = 0; v < NV; ++v) {
-      V sum = sums[r][v][0];
-      for (int c = 1; c < kChains; ++c) sum = Isa::add(sum, sums[r][v][c]);
-      t[r][v] = Isa::add(Isa::add(sum, sum), constant);
-    }
+    for (int v = 0; v < NV; ++v) t[r][v] = Isa::add(Isa::add(t[r][v], t[r][v]), constant);
   }
 }
 
@@ -84,9 +138,7 @@ inline void dot_planes(const Product& p, int64_t m, const Block& b, const Segmen
       for (int word = 0; word < seg.words; ++word) {
         V columns[NV];
         for (int v = 0; v < NV; ++v) {
-          const uint32_t* at = w[v] + int64_t{word} * bits * kTile;
-          columns[v] = Isa::load_ints(at);
-          prefetch_ahead(at);
+          columns[v] = Isa::load_ints(w[v] + int64_t{word} * bits * kTile);
         }
         for (int r = 0; r < R; ++r) {
           V xs = Isa::broadcast(static_cast<int32_t>(x[r][word]));
@@ -133,10 +185,7 @@ inline void dot_floats(const Product& p, int64_t m, const Block& b, const Segmen
   for (int v = 0; v < NV; ++v) w[v] = b.words[v] + int64_t{seg.word} * W * kTile;
   for (int i = 0; i < seg.words; ++i) {
     V fields[NV][W];
-    for (int v = 0; v < NV; ++v) {
-      load_fields<W>(w[v] + int64_t{i} * W * kTile, fields[v]);
-      for (int j = 0; j < W; ++j) prefetch_ahead(w[v] + (int64_t{i} * W + j) * kTile);
-    }
+    for (int v = 0; v < NV; ++v) load_fields<W>(w[v] + int64_t{i} * W * kTile, fields[v]);
 #pragma GCC unroll 8
     for (int q = 0; q < 8; ++q) {
       V codes[NV];

@@ -157,7 +157,7 @@ void parallel_blocks(ffi::ThreadPool& pool, const Product& p, const Run& run) {
   parallel_for(tasks * row_blocks, pool.num_threads(),
                [&](auto fn) { pool.Schedule(std::move(fn)); },
                [&](int64_t task) {
-                 auto scratch = make_scratch(block_bytes(p, kernels().columns));
+                 auto scratch = make_scratch(block_bytes(p));
                  int64_t m0 = task / tasks * kMaxRows;
                  int64_t m1 = std::min<int64_t>(p.act.m, m0 + kMaxRows);
                  int64_t first = task % tasks * step;

@@ -200,7 +200,7 @@ template <typename Run>
 void for_blocks(const Kernels& kernels, const Product& p, Run&& run) {
   for (int64_t block = 0; block * kernels.columns < p.w.n; ++block) {
     for (int64_t m0 = 0; m0 < p.act.m; m0 += kMaxRows) {
-      Exact<uint8_t> scratch(block_bytes(p, kernels.columns));
+      Exact<uint8_t> scratch(block_bytes(p));
       run(block, m0, std::min<int64_t>(p.act.m, m0 + kMaxRows), scratch.get());
     }
   }
@@ -381,7 +381,7 @@ void test_half_types(const Kernels& kernels) {
       Exact<uint8_t> scratch(prologue_bytes(s.k));
       kernels.prologue(p, m, scratch.get());
     }
-    Exact<uint8_t> scratch(block_bytes(p, kernels.columns));
+    Exact<uint8_t> scratch(block_bytes(p));
     kernels.product(p, 0, 0, s.m, scratch.get());
     bool ok = true;
     for (int64_t m = 0; m < s.m; ++m) {
