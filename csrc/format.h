@@ -35,6 +35,11 @@ constexpr int act_max_level(int bits) {
   return bits < kZeroBits ? max_level(bits) : (1 << bits) - 2;
 }
 
+// Float activations are integers of 24 bits over the largest magnitude of a group, as kFloatDigits
+// signed bytes: digit d counts 256^d.
+constexpr int kFloatDigits = 3;
+constexpr int32_t kFloatLevel = 0x7f7f7f;
+
 // A product by codes takes activations as signed bytes: the integers themselves, at 8 bits their
 // halves.
 constexpr int act_unit(int bits) { return bits == kMaxBits ? 2 : 1; }

@@ -24,8 +24,8 @@ WORD_BITS = 32
 
 MAX_BITS = 8
 
-TILE = 16
-"""Columns of one tile of a prepared tensor: lanes of the widest vectors."""
+TILE = 32
+"""Columns of one tile of a prepared tensor: two of the widest vectors, read as one stream."""
 
 MIN_SCALE, MAX_SCALE = 2.0**-100, 2.0**100
 """Range of usable scales: inside it no step of `encode` meets a float32 overflow or subnormal."""

@@ -36,8 +36,10 @@ def matmul(
         NaN (in the groups that hold it, with act_scales="group").
       w: `QuantizedTensor` of shape ``(K, N)``; for stacked tensors use `jax.vmap`.
       bias: ``float[N]`` or None.
-      act_bits: 1 to 8, or None for float activations. Up to 3 bits they are rounded to the odd
-        integers of the format, from 4 bits on to even ones, so that zeros stay zeros.
+      act_bits: 1 to 8; up to 3 bits activations are rounded to the odd integers of the format, from
+        4 bits on to even ones, so that zeros stay zeros. None for float activations, of which the
+        CPU kernels take 24 bits below the largest magnitude of a token or group, so that sums have
+        the accuracy of float32.
       act_scales: "group" gives each token one activation scale for each weight group, "token" one
         for all of K (faster; accurate only for rotated or well-behaved activations).
       out_dtype: float32, bfloat16 or float16; that of `x` by default. Sums are kept in float32.

@@ -77,7 +77,7 @@ class QuantizedTensor:
     def prepare(self) -> QuantizedTensor:
         """The same tensor in the order that kernels read: products of it need no repacking.
 
-        Takes as many bytes (more only where N is not a multiple of 16). `restore` undoes it.
+        Takes as many bytes (more only where N is not a multiple of 32). `restore` undoes it.
         """
         if self.prepared:
             return self
@@ -202,7 +202,7 @@ def check_tensor(w: QuantizedTensor, name: str) -> None:
     """Raise TypeError or ValueError unless the fields of `w` fit together."""
     if not isinstance(w, QuantizedTensor):
         raise TypeError(f"{name} must be a QuantizedTensor (see quantize), got {type(w).__name__}")
-    axes = "tiles, words, bits, 16" if w.prepared else "bits, N, words"
+    axes = f"tiles, words, bits, {fmt.TILE}" if w.prepared else "bits, N, words"
     if w.planes.dtype != jnp.uint32 or w.planes.ndim < (4 if w.prepared else 3):
         raise TypeError(
             f"{name}.planes must be uint32[..., {axes}], got {w.planes.dtype}{list(w.planes.shape)}"

@@ -250,9 +250,10 @@ def quantized_matmul(
     """``(codes, bits, scales)`` of activations by ``(codes, bits, scales, offsets)`` of weights.
 
     Float32 roundings on the way of a term into the result: its integer sum is exact in a segment
-    and rounds once where it is converted [1]; weight scale [1]; the centre s L + offset [2] times the activation sum [1] and its
-    addition [1]; activation scale [1]; the sum over segments [one each]; bias [1]; last cast,
-    counted apart. A group beyond int32 is summed by XLA in float32, one rounding for each value.
+    and rounds once where it is converted [1]; weight scale [1]; the centre s L + offset [2] times
+    the activation sum [1] and its addition [1]; activation scale [1]; the sum over segments [one
+    each]; bias [1]; last cast, counted apart. A group beyond int32 is summed by XLA in float32, one
+    rounding for each value.
     """
     codes, act_bits, act_scales = x
     k = codes.shape[1]
@@ -267,22 +268,33 @@ def quantized_matmul(
 
 def float_matmul(
     x: np.ndarray,
+    act_group: int,
     w: tuple[np.ndarray, int, np.ndarray, np.ndarray | None],
     bias: np.ndarray | None,
     out_dtype: str,
 ) -> Bounded:
     """Product of float32 activations ``[M, K]`` (rotated already) with packed weights.
 
-    Float32 roundings on the way of a term into the result: a kernel multiplies by the code [1, none
-    with fused multiply-add], sums a segment [its length at most], forms s L [1], multiplies by a scale
-    [1], adds two terms for each segment [2 each], bias [1]. XLA forms the row [2] and sums K
-    products in an order of its own [K + 1]. The larger of the two counts.
+    A kernel takes the activations as integers c = rint(x F / largest), F = 0x7f7f7f, of each
+    `act_group` values. That cuts them to half a unit, 2**-24 of the largest. Float32 roundings on
+    the way of a term into the result: F / largest [1], its product with x [1], largest / F [1], the
+    sums of three digits [1 each where they are converted, 1 each where they are added], weight
+    scale or centre [2], their product [1], the addition of both [1], activation scale [1], bias
+    [1]: 14 at most with the addition over segments [1 each]. XLA cuts nothing, forms the row [2]
+    and sums K products in an order of its own [K + 2]. The larger of the two errors counts.
     """
-    k = x.shape[1]
+    x = x.astype(np.float64)
+    m, k = x.shape
     rows, sizes = rows_of(*w)
-    group_size = k // w[2].shape[-1] if k else 0
-    kernel = 4 + group_size + 2 * segments(k, group_size)
-    return _bounded(x.astype(np.float64), rows, sizes, max(kernel, k + 4), bias, out_dtype)
+    groups = k // act_group if k else 0
+    largest = np.abs(x.reshape(m, groups, act_group)).max(-1, initial=0)
+    largest[~np.isfinite(largest)] = 0
+    cut = F32_ROUNDOFF * np.repeat(largest, act_group, axis=-1) @ sizes.T
+    kernel = _bounded(
+        x, rows, sizes, 14 + segments(k, k // w[2].shape[-1] if k else 0), bias, out_dtype, cut
+    )
+    xla = _bounded(x, rows, sizes, k + 4, bias, out_dtype)
+    return Bounded(kernel.value, np.maximum(kernel.error, xla.error))
 
 
 def _bounded(
@@ -292,12 +304,13 @@ def _bounded(
     roundings: int,
     bias: np.ndarray | None,
     out_dtype: str,
+    cut: np.ndarray | float = 0.0,
 ) -> Bounded:
     y = values @ rows.T
     size = np.abs(values) @ sizes.T
     if bias is not None:
         y = y + bias.astype(np.float64)
         size = size + np.abs(bias.astype(np.float64))
-    error = gamma(roundings) * size + values.shape[1] * 2.0**-126  # a flushed subnormal each
+    error = gamma(roundings) * size + cut + values.shape[1] * 2.0**-126  # a flushed subnormal each
     cast = OUT_ROUNDOFF[out_dtype] * (np.abs(y) + error) + OUT_TINY[out_dtype]
     return Bounded(y, error + cast)

@@ -180,7 +180,7 @@ class Case:
         if self.act_bits is None:
             x = self.x.astype(np.float32)
             x = x if rotation is None else oracle.rotate(x, *rotation)
-            return oracle.float_matmul(x, w, self.bias, self.out_dtype)
+            return oracle.float_matmul(x, self.group, w, self.bias, self.out_dtype)
         codes, scales = oracle.quantize_activations(self.x, self.act_bits, self.group, rotation)
         return oracle.quantized_matmul((codes, self.act_bits, scales), w, self.bias, self.out_dtype)
 

@@ -511,7 +511,7 @@ for call in (lambda **o: ap.int_matmul(x, w, 4, **o),
         try: call(implementation=name)
         except ap.Unavailable as error: assert status["reason"] in str(error)
         else: raise AssertionError(name)
-qx, qw = 2 * x.astype(int) - 15, 2 * codes.astype(int) - 15
+qx, qw = 2 * x.astype(int) - 16, 2 * codes.astype(int) - 15
 assert (np.asarray(ap.int_matmul(x, w, 4, implementation="xla"))[..., 0] == qx @ qw.T).all()
 print("ok")
 """

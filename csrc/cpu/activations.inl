@@ -59,15 +59,19 @@ inline void load_rotated_row(const Activations& a, int64_t m, float* row) {
   hadamard(row, a.k, a.block);
 }
 
-// absmax / act_max_level; 0 if too small, NaN if too large or not finite. As unsigned integers,
-// magnitudes keep their order, and infinity and NaN come out largest.
-inline float absmax_scale(const float* x, int64_t n, int bits) {
+// As unsigned integers, magnitudes keep their order, and infinity and NaN come out largest.
+inline float largest_magnitude(const float* x, int64_t n) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     uint32_t u = bits_of(x[i]) & 0x7fffffffu;
     largest = u > largest ? u : largest;
   }
-  float scale = float_of(largest) * static_cast<float>(1.0 / act_max_level(bits));
+  return float_of(largest);
+}
+
+// absmax / act_max_level; 0 if too small, NaN if too large or not finite.
+inline float absmax_scale(const float* x, int64_t n, int bits) {
+  float scale = largest_magnitude(x, n) * static_cast<float>(1.0 / act_max_level(bits));
   if (!(scale <= kMaxScale)) return __builtin_nanf("");
   return scale >= kMinScale ? scale : 0.0f;
 }
@@ -115,54 +119,88 @@ inline void to_signed(uint8_t* codes, int64_t k, int bits) {
   for (int64_t i = k; i < words(k) * kWordBits; ++i) codes[i] = 0;
 }
 
+// The sums of a part from its integers int8[words * 32], 0 past k.
+inline void store_sums(const Product& p, int64_t part, const int8_t* values, int unit) {
+  int32_t* sums = in_part<int32_t>(p, part, p.row.sums);
+  for (int64_t s = 0; s < p.segment_count; ++s) {
+    const Segment& seg = p.segments[s];
+    const int8_t* c = values + int64_t{seg.word} * kWordBits;
+    int32_t sum = 0;
+    for (int i = 0; i < seg.words * kWordBits; ++i) sum += c[i];
+    sums[s] = sum * unit;
+  }
+}
+
+// Payload and sums of a part from its integers, for products by codes.
+inline void store_bytes(const Product& p, int64_t part, const uint8_t* values) {
+  store_sums(p, part, reinterpret_cast<const int8_t*>(values), 1);
+  uint8_t* out = in_part<uint8_t>(p, part, 0);
+  for (int64_t w = 0; w < words(p.act.k); ++w) {
+    Isa::transpose_8x4(values + w * kWordBits, out + w * kWordBits);
+  }
+}
+
 // Payload and sums of row m from codes uint8[words * 32], which are used up.
 inline void store_codes(const Product& p, int64_t m, uint8_t* codes) {
   const Activations& a = p.act;
+  if (p.method == Method::kCodes) {
+    to_signed(codes, a.k, a.bits);
+    return store_bytes(p, m, codes);
+  }
   int64_t nwords = words(a.k);
-  if (p.method == Method::kPlanes) {
-    uint32_t* planes = row_part_mut<uint32_t>(p, m, 0);
-    for (int64_t i = a.k; i < nwords * kWordBits; ++i) codes[i] = 0;
-    for (int i = 0; i < a.bits; ++i) {
-      for (int64_t w = 0; w < nwords; ++w) {
-        planes[i * nwords + w] = Isa::pack_word(codes + w * kWordBits, i);
-      }
+  uint32_t* planes = in_part<uint32_t>(p, m, 0);
+  for (int64_t i = a.k; i < nwords * kWordBits; ++i) codes[i] = 0;
+  for (int i = 0; i < a.bits; ++i) {
+    for (int64_t w = 0; w < nwords; ++w) {
+      planes[i * nwords + w] = Isa::pack_word(codes + w * kWordBits, i);
     }
   }
   to_signed(codes, a.k, a.bits);
-  int32_t* sums = row_part_mut<int32_t>(p, m, p.row.sums);
-  for (int64_t s = 0; s < p.segment_count; ++s) {
-    const Segment& seg = p.segments[s];
-    const int8_t* c = reinterpret_cast<const int8_t*>(codes) + int64_t{seg.word} * kWordBits;
-    int32_t sum = 0;
-    for (int i = 0; i < seg.words * kWordBits; ++i) sum += c[i];
-    sums[s] = sum * (p.method == Method::kPlanes ? act_unit(a.bits) : 1);
+  store_sums(p, m, reinterpret_cast<const int8_t*>(codes), act_unit(a.bits));
+}
+
+// Digits int8[kFloatDigits][stride] of the integers nearest to x * (kFloatLevel / absmax).
+inline void to_digits(const float* x, int64_t n, float inverse, uint8_t* digits, int64_t stride) {
+  constexpr float kLevel = kFloatLevel;
+  for (int64_t i = 0; i < n; ++i) {
+    float level = __builtin_rintf(x[i] * inverse);
+    level = level >= -kLevel ? level : -kLevel;  // also where it is NaN
+    level = level <= kLevel ? level : kLevel;
+    int32_t c = static_cast<int32_t>(level), high = (c + 128) >> 8;
+    digits[i] = static_cast<uint8_t>(c);
+    digits[stride + i] = static_cast<uint8_t>(high);
+    digits[2 * stride + i] = static_cast<uint8_t>((high + 128) >> 8);
   }
-  if (p.method == Method::kCodes) {
-    uint8_t* out = row_part_mut<uint8_t>(p, m, 0);
-    for (int64_t w = 0; w < nwords; ++w) {
-      Isa::transpose_8x4(codes + w * kWordBits, out + w * kWordBits);
-    }
+}
+
+// Float activations as integers of 24 bits: a group's scale is its largest magnitude over
+// kFloatLevel, NaN if that is not finite, 0 (and so are the values) if it is below kMinScale.
+inline void digits_of_row(const Product& p, int64_t m, const float* row, uint8_t* digits) {
+  const Activations& a = p.act;
+  int64_t stride = words(a.k) * kWordBits;
+  float* scales = in_part<float>(p, m * kFloatDigits, p.row.scales);
+  scales[0] = 0;
+  for (int64_t begin = 0, g = 0; begin < a.k; begin += a.group_size, ++g) {
+    float absmax = largest_magnitude(row + begin, a.group_size);
+    bool usable = absmax >= kMinScale && absmax < __builtin_inff();
+    float inverse = usable ? kFloatLevel / absmax : 0.0f;
+    scales[g] = usable ? absmax / kFloatLevel : absmax < kMinScale ? 0.0f : __builtin_nanf("");
+    to_digits(row + begin, a.group_size, inverse, digits + begin, stride);
+  }
+  for (int d = 0; d < kFloatDigits; ++d) {
+    uint8_t* values = digits + d * stride;
+    for (int64_t i = a.k; i < stride; ++i) values[i] = 0;
+    store_bytes(p, m * kFloatDigits + d, values);
   }
 }
 
 void prologue(const Product& p, int64_t m, uint8_t* scratch) {
   const Activations& a = p.act;
-  if (p.method == Method::kFloat) {
-    float* row = row_part_mut<float>(p, m, 0);
-    load_rotated_row(a, m, row);
-    float* sums = row_part_mut<float>(p, m, p.row.sums);
-    for (int64_t s = 0; s < p.segment_count; ++s) {
-      const float* x = row + int64_t{p.segments[s].word} * kWordBits;
-      float sum = 0;
-      for (int i = 0; i < p.segments[s].k; ++i) sum += x[i];
-      sums[s] = sum;
-    }
-    return;
-  }
   float* row = reinterpret_cast<float*>(scratch);
   uint8_t* codes = scratch + words(a.k) * kWordBits * sizeof(float);
-  float* scales = row_part_mut<float>(p, m, p.row.scales);
   load_rotated_row(a, m, row);
+  if (p.method == Method::kFloat) return digits_of_row(p, m, row, codes);
+  float* scales = in_part<float>(p, m, p.row.scales);
   quantize_row(a, row, codes, scales);
   if (p.method == Method::kCodes && act_unit(a.bits) != 1) {
     int64_t groups = a.k == 0 ? 1 : a.k / a.group_size;

@@ -106,10 +106,6 @@ struct Isa {
   static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
   static F as_float(V a) { return _mm256_castsi256_ps(a); }
   static F to_float(V a) { return _mm256_cvtepi32_ps(a); }
-  template <int W>
-  static F byte_to_float(V a, int b) {
-    return to_float(bit_and(shr(a, 8 * b), broadcast(0xff)));
-  }
   static F load_half(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }

@@ -97,17 +97,6 @@ struct Isa {
   static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
   static F as_float(V a) { return _mm512_castsi512_ps(a); }
   static F to_float(V a) { return _mm512_cvtepi32_ps(a); }
-  // The low four bits of a lane choose from a table of 16.
-  template <int W>
-  static F byte_to_float(V a, int b) {
-    V moved = _mm512_srli_epi32(a, 8 * b);
-    if constexpr (W <= 4) {
-      const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      return _mm512_permutexvar_ps(moved, table);
-    } else {
-      return to_float(_mm512_and_si512(moved, broadcast(0xff)));
-    }
-  }
   static F load_half(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }

@@ -26,21 +26,22 @@ struct Segment {
 };
 
 // Where the quantized activations of a row lie in its part of the workspace.
-//   payload  kFloat: float[words * 32]
-//            kCodes: int8[words * 32], integers over act_unit(bits); index 8 b + q of a word is at
+//   payload  kCodes: int8[words * 32], integers over act_unit(bits); index 8 b + q of a word is at
 //                    4 q + b, in the order of fields
+//            kFloat: one such part for each digit, `bytes` apart
 //            kPlanes: uint32[act_bits][words]
-//   sums     one for each segment: int32 sum of integers over the unit, or float sum of values
-//   scales   float[act_groups], times the unit of the payload; absent for kFloat
+//   sums     int32 for each segment: the sum of the payload's integers
+//   scales   float[act_groups], times the unit of the payload; of the first part for kFloat
 struct RowLayout {
   int64_t sums, scales, bytes;
+  int parts;  // of a row
 };
 
 struct Activations {
   const void* x;  // [m][k] of dtype
   DType dtype;
   int64_t m, k;
-  int bits;                // 0: stay float
+  int bits;                // 0: float
   int64_t group_size;      // values that share an activation scale
   int64_t block;           // Hadamard block, 0 for no rotation
   const uint32_t* signs;   // [words(k)], a set bit is -1
@@ -64,7 +65,7 @@ struct Product {
   const Segment* segments;
   int64_t segment_count;
   RowLayout row;
-  uint8_t* workspace;      // [m][row.bytes]
+  uint8_t* workspace;      // [m][row.parts][row.bytes]
   const void* bias;        // [n] or null
   DType bias_dtype;
   void* out;               // [m][n] of out_dtype, or int32[m][n][groups] for int_matmul
@@ -102,7 +103,7 @@ const Kernels* avx512_kernels();
 
 RowLayout row_layout(int64_t k, int64_t segments, int64_t act_groups, int act_bits, Method method);
 
-// Room for a row of floats and its codes.
+// Room for a row of floats and its codes or digits.
 int64_t prologue_bytes(int64_t k);
 
 // Room for a tile of weights brought into the order that its product reads.

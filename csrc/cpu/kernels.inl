@@ -19,13 +19,10 @@ constexpr int L = Isa::kLanes;
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// `offset` bytes into one part of the workspace; row m has the parts from m * p.row.parts on.
 template <typename T>
-inline const T* row_part(const Product& p, int64_t m, int64_t offset) {
-  return reinterpret_cast<const T*>(p.workspace + m * p.row.bytes + offset);
-}
-template <typename T>
-inline T* row_part_mut(const Product& p, int64_t m, int64_t offset) {
-  return reinterpret_cast<T*>(p.workspace + m * p.row.bytes + offset);
+inline T* in_part(const Product& p, int64_t part, int64_t offset) {
+  return reinterpret_cast<T*>(p.workspace + part * p.row.bytes + offset);
 }
 
 }  // namespace

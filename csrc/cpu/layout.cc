@@ -34,17 +34,16 @@ void make_segments(int64_t k, int64_t group_size, Segment* out) {
 
 RowLayout row_layout(int64_t k, int64_t segments, int64_t act_groups, int act_bits,
                      Method method) {
-  int64_t value_bytes = method == Method::kFloat ? 4 : 1;
-  int64_t payload = method == Method::kPlanes ? words(k) * 4 * act_bits
-                                              : words(k) * kWordBits * value_bytes;
+  int64_t payload = words(k) * (method == Method::kPlanes ? 4 * act_bits : kWordBits);
   RowLayout row;
   row.sums = align64(payload);
   row.scales = row.sums + align64(segments * 4);
-  row.bytes = row.scales + (method == Method::kFloat ? 0 : align64(act_groups * 4));
+  row.bytes = row.scales + align64(act_groups * 4);
+  row.parts = method == Method::kFloat ? kFloatDigits : 1;
   return row;
 }
 
-int64_t prologue_bytes(int64_t k) { return align64(words(k) * kWordBits * 5); }
+int64_t prologue_bytes(int64_t k) { return align64(words(k) * kWordBits * (4 + kFloatDigits)); }
 
 int64_t block_bytes(const Product& p) {
   int64_t plane_words = words(p.act.k) * p.w.bits * kTile;

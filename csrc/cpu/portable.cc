@@ -85,11 +85,6 @@ struct Isa {
   static void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
   static F as_float(V a) { return (F)a; }
   static F to_float(V a) { return __builtin_convertvector(a, F); }
-  // Byte b of each lane, a code of W bits.
-  template <int W>
-  static F byte_to_float(V a, int b) {
-    return to_float((V)(((U)a >> (8 * b)) & 0xffu));
-  }
   static F load_half(const uint16_t* p) {
     auto half = [&](int i) { return cpu::to_float(F16{p[i]}); };
     return F{half(0), half(1), half(2), half(3)};

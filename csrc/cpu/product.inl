@@ -83,14 +83,14 @@ inline void dot_quads(const int8_t* const (&x)[R], const uint32_t* const (&w)[NV
   }
 }
 
-// t = sum c q_w, where c is the activation's integer over its unit.
+// t = sum c q_w for R parts of the workspace, where c are the integers of a part.
 template <int W, int R>
-inline void dot_codes(const Product& p, int64_t m, const Block& b, const Segment& seg,
+inline void dot_codes(const Product& p, int64_t part, const Block& b, const Segment& seg,
                       V (&t)[R][NV]) {
   constexpr int kLongWords = 8;  // below, putting places together costs more than shifts
   const int8_t* x[R];
   for (int r = 0; r < R; ++r) {
-    x[r] = row_part<int8_t>(p, m + r, 0) + int64_t{seg.word} * kWordBits;
+    x[r] = in_part<int8_t>(p, part + r, 0) + int64_t{seg.word} * kWordBits;
   }
   const uint32_t* w[NV];
   for (int v = 0; v < NV; ++v) w[v] = b.words[v] + int64_t{seg.word} * W * kTile;
@@ -105,7 +105,7 @@ inline void dot_codes(const Product& p, int64_t m, const Block& b, const Segment
   }
   // sum c (2 u_w - B)
   for (int r = 0; r < R; ++r) {
-    int32_t x_sum = row_part<int32_t>(p, m + r, p.row.sums)[&seg - p.segments];
+    int32_t x_sum = in_part<int32_t>(p, part + r, p.row.sums)[&seg - p.segments];
     V constant = Isa::broadcast(-max_level(W) * x_sum);
     for (int v = 0; v < NV; ++v) t[r][v] = Isa::add(Isa::add(t[r][v], t[r][v]), constant);
   }
@@ -128,7 +128,7 @@ inline void dot_planes(const Product& p, int64_t m, const Block& b, const Segmen
     for (int i = 0; i < p.act.bits; ++i) {
       const uint32_t* x[R];
       for (int r = 0; r < R; ++r) {
-        x[r] = row_part<uint32_t>(p, m + r, 0) + i * nwords + seg.word;
+        x[r] = in_part<uint32_t>(p, m + r, 0) + i * nwords + seg.word;
       }
       V counts[R][NV];
       for (auto& row : counts) {
@@ -168,62 +168,6 @@ inline void dot_planes(const Product& p, int64_t m, const Block& b, const Segmen
   }
 }
 
-// t = sum x u_w in float32.
-template <int W, int R>
-inline void dot_floats(const Product& p, int64_t m, const Block& b, const Segment& seg,
-                       F (&t)[R][NV]) {
-  constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;
-  const float* x[R];
-  F sums[R][NV][kChains];
-  for (int r = 0; r < R; ++r) {
-    x[r] = row_part<float>(p, m + r, 0) + int64_t{seg.word} * kWordBits;
-    for (auto& columns : sums[r]) {
-      for (F& sum : columns) sum = Isa::fzero();
-    }
-  }
-  const uint32_t* w[NV];
-  for (int v = 0; v < NV; ++v) w[v] = b.words[v] + int64_t{seg.word} * W * kTile;
-  for (int i = 0; i < seg.words; ++i) {
-    V fields[NV][W];
-    for (int v = 0; v < NV; ++v) load_fields<W>(w[v] + int64_t{i} * W * kTile, fields[v]);
-#pragma GCC unroll 8
-    for (int q = 0; q < 8; ++q) {
-      V codes[NV];
-      for (int v = 0; v < NV; ++v) codes[v] = codes_of<W>(fields[v], q);
-#pragma GCC unroll 4
-      for (int byte = 0; byte < 4; ++byte) {
-        F values[NV];
-        for (int v = 0; v < NV; ++v) values[v] = Isa::template byte_to_float<W>(codes[v], byte);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          F xs = Isa::fbroadcast(x[r][i * kWordBits + 8 * byte + q]);
-          for (int v = 0; v < NV; ++v) {
-            F& sum = sums[r][v][byte % kChains];
-            sum = Isa::fma(values[v], xs, sum);
-          }
-        }
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < NV; ++v) {
-      F sum = sums[r][v][0];
-      for (int c = 1; c < kChains; ++c) sum = Isa::fadd(sum, sums[r][v][c]);
-      t[r][v] = sum;
-    }
-  }
-}
-
-template <int W, Method kMethod, int R>
-inline void dot_ints(const Product& p, int64_t m, const Block& b, const Segment& seg,
-                     V (&t)[R][NV]) {
-  if constexpr (kMethod == Method::kPlanes) {
-    dot_planes<R>(p, m, b, seg, t);
-  } else {
-    dot_codes<W, R>(p, m, b, seg, t);
-  }
-}
-
 // --- Epilogues ---
 
 // L scales or offsets from element `at`.
@@ -236,10 +180,47 @@ inline F load_lanes(const void* data, DType dtype, int64_t at) {
   __builtin_unreachable();
 }
 
+// What the epilogue needs of a segment: sum q_x q_w and sum q_x as floats.
+template <int R>
+struct Sums {
+  F products[R][NV];
+  float values[R];
+};
+
+template <int W, Method kMethod, int R>
+inline void segment_sums(const Product& p, int64_t m, const Block& b, const Segment& seg,
+                         Sums<R>& sums) {
+  constexpr int kParts = kMethod == Method::kFloat ? kFloatDigits : 1;
+  V t[R * kParts][NV];
+  if constexpr (kMethod == Method::kPlanes) {
+    dot_planes<R>(p, m, b, seg, t);
+  } else {
+    dot_codes<W, R * kParts>(p, m * kParts, b, seg, t);
+  }
+  for (int r = 0; r < R; ++r) {
+    auto value = [&](int d) {
+      int64_t part = (m + r) * kParts + d;
+      return static_cast<float>(in_part<int32_t>(p, part, p.row.sums)[&seg - p.segments]);
+    };
+    // Digits from the most significant down.
+    sums.values[r] = value(kParts - 1);
+    for (int v = 0; v < NV; ++v) {
+      sums.products[r][v] = Isa::to_float(t[r * kParts + kParts - 1][v]);
+    }
+    for (int d = kParts - 2; d >= 0; --d) {
+      sums.values[r] = sums.values[r] * 256.0f + value(d);
+      for (int v = 0; v < NV; ++v) {
+        F digit = Isa::to_float(t[r * kParts + d][v]);
+        sums.products[r][v] = Isa::fma(sums.products[r][v], Isa::fbroadcast(256.0f), digit);
+      }
+    }
+  }
+}
+
 // y += s_x (s_w sum q_x q_w), with offsets y += s_x (s_w sum q_x q_w + centre sum q_x).
 template <int R>
-inline void add_ints(const Product& p, int64_t m, const Block& b, const Segment& seg,
-                     const V (&t)[R][NV], F (&y)[R][NV]) {
+inline void add_segment(const Product& p, int64_t m, const Block& b, const Segment& seg,
+                        const Sums<R>& sums, F (&y)[R][NV]) {
   int64_t act_group = int64_t{seg.word} * kWordBits / p.act.group_size;
   F scales[NV], centres[NV];
   for (int v = 0; v < NV; ++v) {
@@ -250,43 +231,23 @@ inline void add_ints(const Product& p, int64_t m, const Block& b, const Segment&
     centres[v] = Isa::fma(scales[v], level, load_lanes(b.offsets, b.offset_dtype, at));
   }
   for (int r = 0; r < R; ++r) {
-    F act_scale = Isa::fbroadcast(row_part<float>(p, m + r, p.row.scales)[act_group]);
-    int32_t x_sum = row_part<int32_t>(p, m + r, p.row.sums)[&seg - p.segments];
-    F x_sums = Isa::fbroadcast(static_cast<float>(x_sum));
+    const float* act_scales = in_part<float>(p, (m + r) * p.row.parts, p.row.scales);
+    F act_scale = Isa::fbroadcast(act_scales[act_group]);
+    F values = Isa::fbroadcast(sums.values[r]);
     for (int v = 0; v < NV; ++v) {
-      F sum = Isa::fmul(scales[v], Isa::to_float(t[r][v]));
-      if (b.offsets != nullptr) sum = Isa::fma(centres[v], x_sums, sum);
+      F sum = Isa::fmul(scales[v], sums.products[r][v]);
+      if (b.offsets != nullptr) sum = Isa::fma(centres[v], values, sum);
       y[r][v] = Isa::fma(sum, act_scale, y[r][v]);
     }
   }
 }
 
-// y += 2 s_w sum x u_w + offset sum x, where a tensor without offsets has -s_w B.
-template <int R>
-inline void add_floats(const Product& p, int64_t m, const Block& b, const Segment& seg,
-                       const F (&t)[R][NV], F (&y)[R][NV]) {
-  for (int v = 0; v < NV; ++v) {
-    int64_t at = b.scale_at[v] + int64_t{seg.group} * kTile;
-    F scale = load_lanes(b.scales, b.scale_dtype, at), twice = Isa::fadd(scale, scale);
-    F minus_level = Isa::fbroadcast(static_cast<float>(-max_level(p.w.bits)));
-    F per_sum = b.offsets == nullptr ? Isa::fmul(scale, minus_level)
-                                     : load_lanes(b.offsets, b.offset_dtype, at);
-    for (int r = 0; r < R; ++r) {
-      float sum = row_part<float>(p, m + r, p.row.sums)[&seg - p.segments];
-      y[r][v] = Isa::fma(per_sum, Isa::fbroadcast(sum), y[r][v]);
-      y[r][v] = Isa::fma(twice, t[r][v], y[r][v]);
-    }
-  }
-}
-
-// Calls step(m, R) over rows m0..m1 in pieces of R = Isa::kRows, then 4, 2 and 1.
-template <typename Step>
-inline void for_row_blocks(int64_t m0, int64_t m1, Step&& step) {
-  int64_t m = m0;
-  for (; m + Isa::kRows <= m1; m += Isa::kRows) step(m, Int<Isa::kRows>{});
-  for (; m + 4 <= m1; m += 4) step(m, Int<4>{});
-  for (; m + 2 <= m1; m += 2) step(m, Int<2>{});
-  for (; m < m1; ++m) step(m, Int<1>{});
+// Calls step(m, R) over rows m0..m1 in pieces of R = kMost, a power of two, and then of smaller
+// ones.
+template <int kMost, typename Step>
+inline void for_row_blocks(int64_t m, int64_t m1, Step&& step) {
+  for (; m + kMost <= m1; m += kMost) step(m, Int<kMost>{});
+  if constexpr (kMost > 1) for_row_blocks<kMost / 2>(m, m1, step);
 }
 
 // Vectors of the block that lie inside the matrix, the last perhaps in part.
@@ -324,23 +285,18 @@ inline void store_rows(const Product& p, int64_t block, int64_t m, const F (&y)[
 
 template <int W, Method kMethod>
 void product_rows(const Product& p, const Block& b, int64_t block, int64_t m0, int64_t m1) {
-  for_row_blocks(m0, m1, [&](int64_t m, auto rows) {
+  // Digits of float activations are rows of their own.
+  constexpr int kMost = kMethod == Method::kFloat ? Isa::kRows / 4 : Isa::kRows;
+  for_row_blocks<kMost>(m0, m1, [&](int64_t m, auto rows) {
     constexpr int R = decltype(rows)::value;
     F y[R][NV];
     for (auto& row : y) {
       for (F& value : row) value = Isa::fzero();
     }
     for (int64_t s = 0; s < p.segment_count; ++s) {
-      const Segment& seg = p.segments[s];
-      if constexpr (kMethod == Method::kFloat) {
-        F t[R][NV];
-        dot_floats<W, R>(p, m, b, seg, t);
-        add_floats<R>(p, m, b, seg, t, y);
-      } else {
-        V t[R][NV];
-        dot_ints<W, kMethod, R>(p, m, b, seg, t);
-        add_ints<R>(p, m, b, seg, t, y);
-      }
+      Sums<R> sums;
+      segment_sums<W, kMethod>(p, m, b, p.segments[s], sums);
+      add_segment(p, m, b, p.segments[s], sums, y);
     }
     store_rows<R>(p, block, m, y);
   });
@@ -376,12 +332,16 @@ void product(const Product& p, int64_t block, int64_t m0, int64_t m1, uint8_t* s
 template <int W, Method kMethod>
 void int_product_rows(const Product& p, const Block& b, int64_t block, int64_t m0, int64_t m1) {
   V unit = Isa::broadcast(kMethod == Method::kCodes ? act_unit(p.act.bits) : 1);
-  for_row_blocks(m0, m1, [&](int64_t m, auto rows) {
+  for_row_blocks<Isa::kRows>(m0, m1, [&](int64_t m, auto rows) {
     constexpr int R = decltype(rows)::value;
     for (int64_t s = 0; s < p.segment_count; ++s) {
       const Segment& seg = p.segments[s];
       V t[R][NV];
-      dot_ints<W, kMethod, R>(p, m, b, seg, t);
+      if constexpr (kMethod == Method::kPlanes) {
+        dot_planes<R>(p, m, b, seg, t);
+      } else {
+        dot_codes<W, R>(p, m, b, seg, t);
+      }
       for (int r = 0; r < R; ++r) {
         for (int v = 0; v < NV; ++v) {
           int64_t n = block * kColumns + v * L;

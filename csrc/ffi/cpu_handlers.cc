@@ -121,7 +121,8 @@ void set_workspace(Product& p, std::vector<Segment>& segments, int64_t weight_gr
   p.segment_count = static_cast<int64_t>(segments.size());
   int64_t act_groups = group_count(k, p.act.group_size);
   p.row = row_layout(k, p.segment_count, act_groups, p.act.bits, p.method);
-  require(has_shape(workspace, {p.act.m, p.row.bytes}), "workspace has a wrong shape");
+  require(has_shape(workspace, {p.act.m, p.row.parts * p.row.bytes}),
+          "workspace has a wrong shape");
   p.workspace = static_cast<uint8_t*>(workspace.untyped_data());
 }
 

@@ -25,9 +25,9 @@ py::dict registrations() {
 int64_t workspace_row_bytes(int64_t k, int64_t group_size, int64_t act_group_size, int act_bits,
                             const std::string& method) {
   int64_t act_groups = k == 0 ? 1 : k / act_group_size;
-  return cpu::row_layout(k, cpu::segment_count(k, group_size), act_groups, act_bits,
-                         cpu::parse_method(method))
-      .bytes;
+  cpu::RowLayout row = cpu::row_layout(k, cpu::segment_count(k, group_size), act_groups, act_bits,
+                                       cpu::parse_method(method));
+  return row.parts * row.bytes;
 }
 
 std::vector<std::string> available_isas() {
