@@ -62,14 +62,14 @@ inline V field(const V* x, int q) {
   }
 }
 
-// Codes of indices q, q + 8, q + 16 and q + 24 of a word, a byte each.
-template <int W>
+// Codes of indices q, q + 8, q + 16 and q + 24 of a word, a byte each, from bit `At` of it up.
+template <int W, int At = 0>
 inline V codes_of(const V* x, int q) {
-  if constexpr ((W & 8) != 0) return field<8, 0>(x, q);
+  if constexpr ((W & 8) != 0) return field<8, At>(x, q);
   V codes = Isa::zero();
-  if constexpr ((W & 4) != 0) codes = field<4, 0>(x, q);
-  if constexpr ((W & 2) != 0) codes = Isa::bit_or(codes, field<2, (W & 4)>(x + (W & 4), q));
-  if constexpr ((W & 1) != 0) codes = Isa::bit_or(codes, field<1, (W & 6)>(x + (W & 6), q));
+  if constexpr ((W & 4) != 0) codes = field<4, At>(x, q);
+  if constexpr ((W & 2) != 0) codes = Isa::bit_or(codes, field<2, At + (W & 4)>(x + (W & 4), q));
+  if constexpr ((W & 1) != 0) codes = Isa::bit_or(codes, field<1, At + (W & 6)>(x + (W & 6), q));
   return codes;
 }
 

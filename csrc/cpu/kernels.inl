@@ -10,6 +10,9 @@
 
 #include "half.h"
 
+// Arrays of vectors pass between these functions in registers only if they are inlined.
+#define ANYPREC_INLINE inline __attribute__((always_inline))
+
 namespace anyprec::cpu {
 namespace {
 

@@ -8,16 +8,19 @@ using Int = std::integral_constant<int, X>;
 
 // --- Inner products over one segment ---
 
-// sum c u_w of one row, with fields left in place: a mask alone takes them out, the sums of each
-// place are 2^place too large, and are put together at the end. The shifts that this spares are
-// what limits decoding. For W of 1, 2 or 4.
+// sum c (2 u_w - B) of one row, with fields left in place: a mask alone takes them out, the sums of
+// each place are 2^place too large, and are put together at the end. The shifts that this spares
+// are what limits decoding. For W of 1, 2 or 4.
 template <int W>
-inline void dot_fields(const int8_t* x, const uint32_t* const (&w)[NV], int nwords, V (&sum)[NV]) {
+ANYPREC_INLINE void dot_fields(const int8_t* x, int32_t x_sum, const uint32_t* const (&w)[NV], int nwords,
+                       V (&t)[NV]) {
   // More places than chains would not fit the registers; more chains than places hide latency.
   constexpr int kChains = 4, kPlaces = W == 4 ? 2 : 4, kShare = kChains / kPlaces;
+  constexpr int kTop = W * (kPlaces - 1);  // the sums of the last place are 2^kTop too large
   V sums[NV][kChains];
   for (auto& chains : sums) {
     for (V& chain : chains) chain = Isa::zero();
+    chains[kChains - 1] = Isa::broadcast(-max_level(W) * x_sum * (1 << kTop) / 2);
   }
   for (int i = 0; i < nwords; ++i) {
     V fields[NV][W];
@@ -37,23 +40,33 @@ inline void dot_fields(const int8_t* x, const uint32_t* const (&w)[NV], int nwor
     }
   }
   for (int v = 0; v < NV; ++v) {
-    sum[v] = Isa::zero();
-    for (int place = kPlaces - 1; place >= 0; --place) {
-      sum[v] = Isa::sar(sum[v], W);
-      for (int c = 0; c < kShare; ++c) sum[v] = Isa::add(sum[v], sums[v][place * kShare + c]);
+    auto place_sum = [&](int place) {
+      V sum = sums[v][place * kShare];
+      for (int c = 1; c < kShare; ++c) sum = Isa::add(sum, sums[v][place * kShare + c]);
+      return sum;
+    };
+    V sum = place_sum(kPlaces - 1);
+    for (int place = kPlaces - 2; place > 0; --place) {
+      sum = Isa::add(Isa::sar(sum, W), place_sum(place));
     }
+    V twice = W == 1 ? sum : Isa::sar(sum, W - 1);
+    t[v] = Isa::add(twice, Isa::shl(place_sum(0), 1));
   }
 }
 
-// sum c u_w of R rows, with the codes of each quad brought to the low bits of their bytes.
+// t = sum c (2 u_w - B) of R rows, with the codes of each quad brought to the low bits of their
+// bytes; one bit higher where that spares doubling the sums.
 template <int W, int R>
-inline void dot_quads(const int8_t* const (&x)[R], const uint32_t* const (&w)[NV], int nwords,
-                      V (&sum)[R][NV]) {
+ANYPREC_INLINE void dot_quads(const int8_t* const (&x)[R], const int32_t* const (&x_sums)[R],
+                              const uint32_t* const (&w)[NV], int nwords, V (&t)[R][NV]) {
   constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;  // independent sums hide the latency
-  V sums[R][NV][kChains];
-  for (auto& row : sums) {
-    for (auto& chains : row) {
+  constexpr bool kTwice = Isa::kScaledFields && W < 8;
+  V constants[R], sums[R][NV][kChains];
+  for (int r = 0; r < R; ++r) {
+    constants[r] = Isa::broadcast(-max_level(W) * *x_sums[r]);
+    for (auto& chains : sums[r]) {
       for (V& chain : chains) chain = Isa::zero();
+      if (kTwice) chains[0] = constants[r];
     }
   }
   for (int i = 0; i < nwords; ++i) {
@@ -62,7 +75,7 @@ inline void dot_quads(const int8_t* const (&x)[R], const uint32_t* const (&w)[NV
 #pragma GCC unroll 8
     for (int q = 0; q < 8; ++q) {
       V codes[NV];
-      for (int v = 0; v < NV; ++v) codes[v] = codes_of<W>(fields[v], q);
+      for (int v = 0; v < NV; ++v) codes[v] = codes_of<W, kTwice>(fields[v], q);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         int32_t four;
@@ -77,15 +90,16 @@ inline void dot_quads(const int8_t* const (&x)[R], const uint32_t* const (&w)[NV
   }
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < NV; ++v) {
-      sum[r][v] = sums[r][v][0];
-      for (int c = 1; c < kChains; ++c) sum[r][v] = Isa::add(sum[r][v], sums[r][v][c]);
+      V sum = sums[r][v][0];
+      for (int c = 1; c < kChains; ++c) sum = Isa::add(sum, sums[r][v][c]);
+      t[r][v] = kTwice ? sum : Isa::add(Isa::add(sum, sum), constants[r]);
     }
   }
 }
 
 // t = sum c q_w for R parts of the workspace, where c are the integers of a part.
 template <int W, int R>
-inline void dot_codes(const Product& p, int64_t part, const Block& b, const Segment& seg,
+ANYPREC_INLINE void dot_codes(const Product& p, int64_t part, const Block& b, const Segment& seg,
                       V (&t)[R][NV]) {
   constexpr int kLongWords = 8;  // below, putting places together costs more than shifts
   const int8_t* x[R];
@@ -94,21 +108,16 @@ inline void dot_codes(const Product& p, int64_t part, const Block& b, const Segm
   }
   const uint32_t* w[NV];
   for (int v = 0; v < NV; ++v) w[v] = b.words[v] + int64_t{seg.word} * W * kTile;
+  const int32_t* x_sums[R];
+  for (int r = 0; r < R; ++r) {
+    x_sums[r] = in_part<int32_t>(p, part + r, p.row.sums) + (&seg - p.segments);
+  }
   if constexpr (Isa::kScaledFields && R == 1 && (W == 1 || W == 2 || W == 4)) {
     if (W == 4 || seg.words >= kLongWords) {
-      dot_fields<W>(x[0], w, seg.words, t[0]);
-    } else {
-      dot_quads<W, R>(x, w, seg.words, t);
+      return dot_fields<W>(x[0], *x_sums[0], w, seg.words, t[0]);
     }
-  } else {
-    dot_quads<W, R>(x, w, seg.words, t);
   }
-  // sum c (2 u_w - B)
-  for (int r = 0; r < R; ++r) {
-    int32_t x_sum = in_part<int32_t>(p, part + r, p.row.sums)[&seg - p.segments];
-    V constant = Isa::broadcast(-max_level(W) * x_sum);
-    for (int v = 0; v < NV; ++v) t[r][v] = Isa::add(Isa::add(t[r][v], t[r][v]), constant);
-  }
+  dot_quads<W, R>(x, x_sums, w, seg.words, t);
 }
 
 // t = sum q_x q_w by xor + popcount over pairs of planes: k A B - 2 sum 2^(i+j) popcount with the
@@ -188,7 +197,7 @@ struct Sums {
 };
 
 template <int W, Method kMethod, int R>
-inline void segment_sums(const Product& p, int64_t m, const Block& b, const Segment& seg,
+ANYPREC_INLINE void segment_sums(const Product& p, int64_t m, const Block& b, const Segment& seg,
                          Sums<R>& sums) {
   constexpr int kParts = kMethod == Method::kFloat ? kFloatDigits : 1;
   V t[R * kParts][NV];
@@ -219,9 +228,9 @@ inline void segment_sums(const Product& p, int64_t m, const Block& b, const Segm
 
 // y += s_x (s_w sum q_x q_w), with offsets y += s_x (s_w sum q_x q_w + centre sum q_x).
 template <int R>
-inline void add_segment(const Product& p, int64_t m, const Block& b, const Segment& seg,
+ANYPREC_INLINE void add_segment(const Product& p, int64_t m, const Block& b, const Segment& seg,
                         const Sums<R>& sums, F (&y)[R][NV]) {
-  int64_t act_group = int64_t{seg.word} * kWordBits / p.act.group_size;
+  int64_t act_group = p.act.group_size == p.act.k ? 0 : seg.group;
   F scales[NV], centres[NV];
   for (int v = 0; v < NV; ++v) {
     int64_t at = b.scale_at[v] + int64_t{seg.group} * kTile;
