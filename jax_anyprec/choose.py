@@ -6,8 +6,13 @@ from typing import NamedTuple
 
 IMPLEMENTATIONS = ("xla", "cpu", "cpu_planes", "cpu_codes", "cuda")
 
-MAX_PLANE_PRODUCTS = 4
-"""Products by planes cost act_bits * weight_bits; above this, 8-bit dot products are cheaper."""
+MAX_PLANE_PRODUCTS = {"avx512": 4, "avx2": 3, "portable": 15}
+"""Products by planes cost act_bits * weight_bits; above these, 8-bit products are cheaper.
+
+Measured on 4096 x 4096 with 1, 16 and 512 rows; docs/cpu.md has the table."""
+
+MANY_ROWS = 8
+"""From so many rows on it pays to make planes of the fields of wider weights."""
 
 
 class Choice(NamedTuple):
@@ -17,12 +22,17 @@ class Choice(NamedTuple):
     reason: str
 
 
-def cpu_method(act_bits: int | None, weight_bits: int, isa: str, implementation: str) -> Choice:
-    """The kernel family for a product on the CPU."""
+def cpu_method(
+    act_bits: int | None, weight_bits: int, rows: int | None, isa: str, implementation: str = ""
+) -> Choice:
+    """The kernel family for a product on the CPU; `rows` is None where it is known at run time."""
     if act_bits is None:
-        return Choice("float", "activations are floats")
+        return Choice("float", "float activations are three 8-bit digits")
     if implementation in ("cpu_planes", "cpu_codes"):
         return Choice(implementation.removeprefix("cpu_"), "asked for by name")
-    if isa == "avx512" and act_bits * weight_bits <= MAX_PLANE_PRODUCTS:
-        return Choice("planes", f"{act_bits} x {weight_bits} one-bit products, native popcount")
-    return Choice("codes", f"{act_bits} x {weight_bits} one-bit products cost more than 8-bit ones")
+    products = act_bits * weight_bits
+    if products > MAX_PLANE_PRODUCTS[isa]:
+        return Choice("codes", f"{products} one-bit products cost more than an 8-bit one")
+    if rows is not None and rows < MANY_ROWS and (weight_bits > 1 or act_bits > 3):
+        return Choice("codes", f"{rows} rows do not pay for making planes of fields")
+    return Choice("planes", f"{products} one-bit products cost less than an 8-bit one")

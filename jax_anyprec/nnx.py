@@ -230,9 +230,9 @@ def _rows_of(w: QuantizedTensor, ids: jax.Array) -> tuple[Any, Any, Any]:
     ids = jnp.where(ids < 0, ids + n, ids)
     known = (ids >= 0) & (ids < n)  # the last tile may be padded
     tile, lane = jnp.where(known, ids // TILE, w.planes.shape[0]), ids % TILE
-    fields = w.planes.at[tile, :, :, lane].get(mode="fill", fill_value=0)
+    fields = jnp.asarray(w.planes).at[tile, :, :, lane].get(mode="fill", fill_value=0)
     scales, offsets = (
-        None if x is None else x.at[tile, :, lane].get(mode="fill", fill_value=jnp.nan)
+        None if x is None else jnp.asarray(x).at[tile, :, lane].get(mode="fill", fill_value=jnp.nan)
         for x in (w.scales, w.offsets)
     )
     return fields_to_planes(fields), scales, offsets

@@ -118,7 +118,7 @@ def _quantize_cpu(x: jax.Array, **p: Any) -> tuple[jax.Array, jax.Array]:
 def _int_matmul_cpu(codes: jax.Array, planes: jax.Array, **p: Any) -> jax.Array:
     module = _native.cpu().module
     act_bits, group_size = p["act_bits"], p["group_size"]
-    method = _method(p, planes)
+    method = _method(p, codes, planes)
     (m, k), n = codes.shape, _columns(planes, p)
     groups = group_count(k, group_size)
     row = module.workspace_row_bytes(k, group_size, group_size, act_bits, method)
@@ -136,7 +136,7 @@ def _matmul_cpu(*operands: jax.Array, **p: Any) -> jax.Array:
     m, k = x.shape
     signs, block = _sign_words(p["rotation"], k)
     act_bits = p["act_bits"] or 0
-    method = _method(p, planes)
+    method = _method(p, x, planes)
     row = _native.cpu().module.workspace_row_bytes(
         k, p["group_size"], p["act_group_size"], act_bits, method
     )
@@ -152,10 +152,11 @@ def _matmul_cpu(*operands: jax.Array, **p: Any) -> jax.Array:
     )[0]  # fmt: skip
 
 
-def _method(p: Params, planes: jax.Array) -> str:
+def _method(p: Params, x: jax.Array, planes: jax.Array) -> str:
     isa = _native.cpu().module.isa()
+    rows = x.shape[0] if isinstance(x.shape[0], int) else None  # a symbolic size is not
     bits = planes.shape[0 if p["columns"] is None else 2]
-    return choose.cpu_method(p["act_bits"], bits, isa, p["implementation"] or "").method
+    return choose.cpu_method(p["act_bits"], bits, rows, isa, p["implementation"] or "").method
 
 
 def _columns(planes: Any, p: Params) -> int:

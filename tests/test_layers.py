@@ -262,12 +262,16 @@ def test_surgery_with_recursive_map() -> None:
 
 @pytest.mark.parametrize("rotation", [None, ap.Rotation(64, 2)])
 @pytest.mark.parametrize("offsets", [False, True])
-def test_embedding_looks_up_and_attends(rotation: ap.Rotation | None, offsets: bool) -> None:
+@pytest.mark.parametrize("prepared", [False, True])
+def test_embedding_looks_up_and_attends(
+    rotation: ap.Rotation | None, offsets: bool, prepared: bool
+) -> None:
     codes = RNG.integers(0, 16, (40, K), np.uint8)
     scales = RNG.uniform(0.1, 1, (40, 2)).astype(np.float16)
     w = ap.QuantizedTensor.from_codes(
         codes, scales, normal(40, 2) if offsets else None, bits=4, rotation=rotation
     )
+    w = w.prepare() if prepared else w
     embed = ap.nnx.QuantEmbed.from_tensor(w, activations=8)
     assert (embed.num_embeddings, embed.features) == (40, K)
     table = np.asarray(w.dequantize()).T
@@ -279,7 +283,9 @@ def test_embedding_looks_up_and_attends(rotation: ap.Rotation | None, offsets: b
     assert embed(np.zeros((2, 0), np.int32)).shape == (2, 0, K)
     x = normal(3, K)
     np.testing.assert_array_equal(embed.attend(x), ap.matmul(x, w, act_bits=8))
-    assert np.isnan(embed(np.array([40]))).all()
+    for unknown in (40, 63, 64, -41):
+        assert np.isnan(embed(np.array([unknown]))).all()
+    np.testing.assert_array_equal(embed(np.array([-1])), embed(np.array([39])))
     half = ap.nnx.QuantEmbed.from_tensor(w, dtype=jnp.bfloat16)
     assert half(ids).dtype == jnp.bfloat16
 

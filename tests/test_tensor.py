@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import jax
@@ -165,3 +166,67 @@ def test_numpy_fields_work_like_jax_ones() -> None:
     np.testing.assert_array_equal(w.dequantize(), jaxed.dequantize())
     np.testing.assert_array_equal(w.truncate(2).dequantize(), jaxed.truncate(2).dequantize())
     np.testing.assert_array_equal(ap.matmul(x, w, act_bits=4), ap.matmul(x, jaxed, act_bits=4))
+
+
+# --- prepared tensors ---
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_prepared_words_hold_fields(bits: int) -> None:
+    """By the definition: the bits of each part of a code, at its word and place."""
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 2**bits, (33, 70), np.uint8)
+    w = ap.QuantizedTensor.from_codes(codes, np.ones((33, 1), np.float32), bits=bits).prepare()
+    tiles = np.asarray(w.planes)
+    assert tiles.shape == (2, 3, bits, 32)
+    expected = np.zeros_like(tiles)
+    for (n, k), code in np.ndenumerate(codes):
+        byte, q, word = k % 32 // 8, k % 8, 0
+        for size in (8, 4, 2, 1):
+            if bits & size:
+                field = (int(code) >> word) & (2**size - 1)
+                place = 8 * byte + size * (q // size)
+                expected[n // 32, k // 32, word + q % size, n % 32] |= np.uint32(field << place)
+                word += size
+    np.testing.assert_array_equal(tiles, expected)
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 96])
+def test_prepared_tensors_are_restored(lead: tuple[int, ...], n: int) -> None:
+    rng = np.random.default_rng(n)
+    for bits, offsets in ((1, False), (3, True), (4, True), (7, False)):
+        codes = rng.integers(0, 2**bits, (*lead, n, 96), np.uint8)
+        scales = rng.uniform(0.1, 1, (*lead, n, 3)).astype(np.float16)
+        w = ap.QuantizedTensor.from_codes(codes, scales, scales if offsets else None, bits=bits)
+        prepared = w.prepare()
+        assert prepared.prepared
+        assert not w.prepared
+        assert (prepared.shape, prepared.bits, prepared.groups) == (w.shape, bits, 3)
+        assert prepared.prepare() is prepared
+        assert w.restore() is w
+        assert prepared.restore().columns is None
+        jax.tree.map(np.testing.assert_array_equal, prepared.restore(), w)
+        np.testing.assert_array_equal(prepared.dequantize(), w.dequantize())
+        jitted = jax.jit(lambda t: t.prepare())(w)
+        jax.tree.map(np.testing.assert_array_equal, jitted, prepared)
+        fewer = prepared.truncate(1)
+        assert fewer.prepared
+        jax.tree.map(np.testing.assert_array_equal, fewer.restore(), w.truncate(1))
+        if n % 32 == 0:
+            assert prepared.nbytes == w.nbytes
+
+
+def test_prepared_fields_that_do_not_fit_are_refused() -> None:
+    w = ap.quantize(gaussian(96, 33), 3, group_size=32).prepare()
+    x = gaussian(2, 96)
+    for change, message in (
+        ({"columns": 65}, "w.planes must have 3 tiles of 32 columns for N = 65"),
+        ({"planes": w.planes[..., :16]}, "w.planes must have 2 tiles of 32 columns for N = 33"),
+        ({"planes": w.planes[:, :2]}, "w.planes must have 3 words for k = 96, got 2"),
+        ({"scales": w.scales[:1]}, "w.scales must have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ap.matmul(x, dataclasses.replace(w, **change))
+    with pytest.raises(TypeError, match="tiles, words, bits, 32"):
+        ap.matmul(x, dataclasses.replace(w, planes=w.planes[0]))

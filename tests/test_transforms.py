@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 import jax_anyprec as ap
 from jax_anyprec import _native
+from jax_anyprec import format as fmt
 from jax_anyprec._compat import Tracer
 
 RNG = np.random.default_rng(0)
@@ -261,6 +263,32 @@ def test_vmap_of_zero_sizes(sizes: tuple[int, int, int]) -> None:
 
 
 # --- derivatives ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("act_bits", [4, None])
+def test_prepared_tensors_transform_as_others(kind: str, act_bits: int | None) -> None:
+    w, stacked, bias = tensor(**KINDS[kind]), tensor(**KINDS[kind], lead=(3,)), normal(N)
+    x, xs = normal(M, K), normal(3, M, K)
+
+    def run(x: Any, w: ap.QuantizedTensor) -> jax.Array:
+        return ap.matmul(x, w, bias=bias, act_bits=act_bits)
+
+    def loss(x: Any, floats: Any, w: ap.QuantizedTensor) -> jax.Array:
+        return (run(x, dataclasses.replace(w, **floats)) ** 2).sum()
+
+    def gradients(w: ap.QuantizedTensor) -> Any:
+        floats = {"scales": w.scales}
+        if w.offsets is not None:
+            floats["offsets"] = w.offsets
+        return jax.jit(jax.grad(loss, (0, 1)))(x, floats, w)
+
+    close(jax.vmap(run)(xs, stacked.prepare()), jax.vmap(run)(xs, stacked))
+    close(jax.vmap(run, (0, None))(xs, w.prepare()), jax.vmap(run, (0, None))(xs, w))
+    (dx, dfloats), (expected_dx, expected_dfloats) = gradients(w.prepare()), gradients(w)
+    close(dx, expected_dx)
+    for name, expected in expected_dfloats.items():
+        close(fmt.untile_groups(dfloats[name], N), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
