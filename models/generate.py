@@ -114,10 +114,13 @@ def generate(
 
     def run() -> Iterator[int]:
         cache = Cache.zeros(model.config, 1, bucket(prompt.size + max_tokens), model.dtype)
-        for chunk in np.split(prompt, range(CHUNK, prompt.size, CHUNK)):
+        for start in range(0, prompt.size, CHUNK):
+            chunk = prompt[start : start + CHUNK]
             padded = np.zeros((1, bucket(chunk.size)), np.int32)
             padded[0, : chunk.size] = chunk
-            token, cache = step(weights, padded, np.int32(chunk.size), cache, sampler)
+            token, cache = step(
+                weights, padded, np.int32(chunk.size), cache, sampler, start + padded.size
+            )
         for remaining in reversed(range(max_tokens)):
             current = token.item()  # waits for the device
             if current in stop_tokens:
@@ -133,23 +136,24 @@ def generate(
 def compile_step(graph: nnx.GraphDef[Llama], tree: Any) -> Any:
     """The jitted step for models of one structure.
 
-    ``step(weights, tokens int32[1, S], count int32[], cache, sampler)`` adds the first `count`
-    tokens to the cache, which it consumes, and returns the next token ``int32[1, 1]`` and the
-    cache. There must be room for all S.
+    ``step(weights, tokens int32[1, S], count int32[], cache, sampler, reach=None)`` adds the first
+    `count` tokens to the cache, which it consumes, and returns the next token ``int32[1, 1]`` and
+    the cache. There must be room for all S. `reach`, a Python int, is as for `Llama.hidden`.
     """
 
-    @functools.partial(jax.jit, donate_argnames="cache")
+    @functools.partial(jax.jit, donate_argnames="cache", static_argnames="reach")
     def step(
         weights: list[jax.Array],
         tokens: jax.Array,
         count: jax.Array,
         cache: Cache,
         sampler: Sampler,
+        reach: int | None = None,
     ) -> tuple[jax.Array, Cache]:
         model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
         # Padding is cached too, but behind the tokens: nothing sees it before it is overwritten.
         length = cache.length + count
-        x, cache = model.hidden(tokens, cache)
+        x, cache = model.hidden(tokens, cache, reach)
         last = jax.lax.dynamic_index_in_dim(x[0], count - 1, keepdims=False)
         token = sampler(model.logits(last), length)
         return token[None, None], dataclasses.replace(cache, length=length)

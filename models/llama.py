@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from .quantization import Quantization, make_linear
@@ -108,6 +109,7 @@ class Attention(nnx.Module):
         x: jax.Array,
         positions: jax.Array,
         past: tuple[jax.Array, jax.Array] | None,
+        reach: int | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """``x [B, S, width]`` at ``positions int32[S]`` to its update and the keys and values."""
         theta = self.config.rope_theta
@@ -117,7 +119,8 @@ class Attention(nnx.Module):
         if past is not None:
             k = jax.lax.dynamic_update_slice_in_dim(past[0], k, positions[0], axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past[1], v, positions[0], axis=1)
-        y = attend(q, k, v, visible=positions[:, None] >= jnp.arange(k.shape[1]))
+        seen_k, seen_v = k[:, :reach], v[:, :reach]
+        y = attend(q, seen_k, seen_v, visible=positions[:, None] >= jnp.arange(seen_k.shape[1]))
         y = jnp.swapaxes(y.reshape(x.shape[0], -1, *y.shape[1:]), 1, 2)
         return self.output(y.reshape(*x.shape[:2], -1)), (k, v)
 
@@ -153,8 +156,9 @@ class Layer(nnx.Module):
         x: jax.Array,
         positions: jax.Array,
         past: tuple[jax.Array, jax.Array] | None,
+        reach: int | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        update, present = self.attention(self.attention_norm(x), positions, past)
+        update, present = self.attention(self.attention_norm(x), positions, past, reach)
         x = x + update
         return x + self.feed_forward(self.feed_forward_norm(x)), present
 
@@ -192,8 +196,13 @@ class Llama(nnx.Module):
         """Logits ``float32[B, S, vocab]`` of the token after each of ``tokens int32[B, S]``."""
         return self.logits(self.hidden(tokens)[0])
 
-    def hidden(self, tokens: jax.Array, cache: Cache | None = None) -> tuple[jax.Array, Cache]:
+    def hidden(
+        self, tokens: jax.Array, cache: Cache | None = None, reach: int | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Final features ``[B, S, width]``, and the cache with these tokens added.
+
+        Attention sees the first `reach` positions of the cache, at least those that these tokens
+        fill; None for all. Fewer cost less.
 
         The tokens follow those in the cache, where there must be room for them (a traced length
         can't be checked here; `generate` does). Without one they are the first, and the cache
@@ -205,7 +214,7 @@ class Llama(nnx.Module):
         presents = []
         for i, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])
-            x, present = layer(x, positions, past)
+            x, present = layer(x, positions, past, reach)
             presents.append(present)
         keys, values = zip(*presents, strict=True)
         return self.norm(x), Cache(keys, values, start + tokens.shape[1])
@@ -225,11 +234,11 @@ def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     """Turn each pair (2 i, 2 i + 1) of ``x [..., S, D]`` by ``position * theta**(-2 i / D)``."""
     size = x.shape[-1]
     frequencies = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    angles = positions.astype(jnp.float32)[:, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    angles = positions.astype(jnp.float32)[:, None, None] * frequencies[:, None]
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], size // 2, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    # (a cos - b sin, b cos + a sin) without taking the pairs apart, which XLA is slow to undo.
+    signs = np.array([-1, 1], np.float32)
+    turned = pairs * jnp.cos(angles) + pairs[..., ::-1] * (signs * jnp.sin(angles))
     return turned.reshape(x.shape).astype(x.dtype)
 
 

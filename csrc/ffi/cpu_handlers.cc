@@ -32,7 +32,7 @@ Method parse_method(std::string_view name) {
 namespace {
 
 // One task should outlast the cost of handing it to another thread by far.
-constexpr int64_t kTaskProducts = 1 << 18;
+constexpr int64_t kTaskProducts = 1 << 20;
 constexpr int64_t kTaskValues = 1 << 14;
 
 struct Bad {
