@@ -1,4 +1,4 @@
-// Segments of K, and the sizes of workspace rows and scratch: the bookkeeping shared by all kernels.
+// Segments of K, and the sizes of workspace rows and scratch: bookkeeping shared by all kernels.
 #include <algorithm>
 
 #include "kernels.h"

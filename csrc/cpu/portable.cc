@@ -13,7 +13,7 @@ struct Isa {
   static constexpr int kLanes = 4;
   static constexpr int kVectors = 4;  // of output columns that are worked on together
   static constexpr int kRows = 4;     // rows of activations that are
-  static constexpr bool kScaledFields = false;  // whether codes of 8 bits multiply as fast as others
+  static constexpr bool kScaledFields = false;  // whether 8-bit codes multiply as fast as others
   typedef int32_t V __attribute__((vector_size(16)));
   typedef uint32_t U __attribute__((vector_size(16)));
   typedef float F __attribute__((vector_size(16)));

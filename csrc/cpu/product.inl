@@ -12,8 +12,8 @@ using Int = std::integral_constant<int, X>;
 // each place are 2^place too large, and are put together at the end. The shifts that this spares
 // are what limits decoding. For W of 1, 2 or 4.
 template <int W>
-ANYPREC_INLINE void dot_fields(const int8_t* x, int32_t x_sum, const uint32_t* const (&w)[NV], int nwords,
-                       V (&t)[NV]) {
+ANYPREC_INLINE void dot_fields(const int8_t* x, int32_t x_sum, const uint32_t* const (&w)[NV],
+                               int nwords, V (&t)[NV]) {
   // More places than chains would not fit the registers; more chains than places hide latency.
   constexpr int kChains = 4, kPlaces = W == 4 ? 2 : 4, kShare = kChains / kPlaces;
   constexpr int kTop = W * (kPlaces - 1);  // the sums of the last place are 2^kTop too large
@@ -99,8 +99,8 @@ ANYPREC_INLINE void dot_quads(const int8_t* const (&x)[R], const int32_t* const 
 
 // t = sum c q_w for R parts of the workspace, where c are the integers of a part.
 template <int W, int R>
-ANYPREC_INLINE void dot_codes(const Product& p, int64_t part, const Block& b, const Segment& seg,
-                      V (&t)[R][NV]) {
+ANYPREC_INLINE void dot_codes(const Product& p, int64_t part, const Block& b,
+                              const Segment& seg, V (&t)[R][NV]) {
   constexpr int kLongWords = 8;  // below, putting places together costs more than shifts
   const int8_t* x[R];
   for (int r = 0; r < R; ++r) {
@@ -197,8 +197,8 @@ struct Sums {
 };
 
 template <int W, Method kMethod, int R>
-ANYPREC_INLINE void segment_sums(const Product& p, int64_t m, const Block& b, const Segment& seg,
-                         Sums<R>& sums) {
+ANYPREC_INLINE void segment_sums(const Product& p, int64_t m, const Block& b,
+                                 const Segment& seg, Sums<R>& sums) {
   constexpr int kParts = kMethod == Method::kFloat ? kFloatDigits : 1;
   V t[R * kParts][NV];
   if constexpr (kMethod == Method::kPlanes) {
@@ -228,8 +228,8 @@ ANYPREC_INLINE void segment_sums(const Product& p, int64_t m, const Block& b, co
 
 // y += s_x (s_w sum q_x q_w), with offsets y += s_x (s_w sum q_x q_w + centre sum q_x).
 template <int R>
-ANYPREC_INLINE void add_segment(const Product& p, int64_t m, const Block& b, const Segment& seg,
-                        const Sums<R>& sums, F (&y)[R][NV]) {
+ANYPREC_INLINE void add_segment(const Product& p, int64_t m, const Block& b,
+                                const Segment& seg, const Sums<R>& sums, F (&y)[R][NV]) {
   int64_t act_group = p.act.group_size == p.act.k ? 0 : seg.group;
   F scales[NV], centres[NV];
   for (int v = 0; v < NV; ++v) {
