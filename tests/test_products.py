@@ -16,6 +16,8 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import PAIRS as PAIRS_TIMED
+from layers import SMOLLM2, Layer
 from shapes import FEW, SHAPES, Shape
 
 import jax_anyprec as ap
@@ -230,6 +232,12 @@ def test_floats_stay_in_their_bound(act_bits: int | None) -> None:
 def test_floats_of_every_shape(shape: Shape) -> None:
     cases = [(4, 8, True, False), (3, None, False, True), (2, 2, True, True)]
     check([Case(shape, w, a, offsets=offsets, bias=bias) for w, a, offsets, bias in cases])
+
+
+@pytest.mark.parametrize("layer", SMOLLM2[1:4], ids=str)
+def test_floats_of_benchmarked_layers(layer: Layer) -> None:
+    shape = Shape(1, layer.n, layer.k, 64)
+    check([Case(shape, pair.weights, pair.activations, token=True) for pair in PAIRS_TIMED])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
