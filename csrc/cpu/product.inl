@@ -6,16 +6,36 @@ namespace {
 template <int X>
 using Int = std::integral_constant<int, X>;
 
+// --- Reading ahead ---
+
+// With few rows of activations, weights are read faster than a processor's own prefetching follows,
+// which stops at each page and at each switch between fields and scales. Tiles are one stream, so
+// what is ahead of a tile is the next one; past the end of the weights nothing happens.
+constexpr int kFieldsAhead = 8192, kScalesAhead = 1024;  // bytes, the best of those measured
+
+inline void prefetch(const void* at, int ahead) {
+  __builtin_prefetch(static_cast<const char*>(at) + ahead, 0, 1);
+}
+
+template <int W>
+ANYPREC_INLINE void prefetch_fields(const uint32_t* at) {
+  for (int j = 0; j < W; ++j) prefetch(at + j * kTile, kFieldsAhead);
+}
+
 // --- Inner products over one segment ---
+
+// Segments of fewer words don't repay what only helps long sums.
+constexpr int kLongWords = 8;
 
 // sum c (2 u_w - B) of one row, with fields left in place: a mask alone takes them out, the sums of
 // each place are 2^place too large, and are put together at the end. The shifts that this spares
 // are what limits decoding. For W of 1, 2 or 4.
-template <int W>
+template <int W, bool kLong>
 ANYPREC_INLINE void dot_fields(const int8_t* x, int32_t x_sum, const uint32_t* const (&w)[NV],
                                int nwords, V (&t)[NV]) {
   // More places than chains would not fit the registers; more chains than places hide latency.
-  constexpr int kChains = 4, kPlaces = W == 4 ? 2 : 4, kShare = kChains / kPlaces;
+  constexpr int kChains = kLong ? 4 : 2, kPlaces = kLong && W < 4 ? 4 : 2;
+  constexpr int kShare = kChains / kPlaces;
   constexpr int kTop = W * (kPlaces - 1);  // the sums of the last place are 2^kTop too large
   V sums[NV][kChains];
   for (auto& chains : sums) {
@@ -24,7 +44,11 @@ ANYPREC_INLINE void dot_fields(const int8_t* x, int32_t x_sum, const uint32_t* c
   }
   for (int i = 0; i < nwords; ++i) {
     V fields[NV][W];
-    for (int v = 0; v < NV; ++v) load_fields<W>(w[v] + int64_t{i} * W * kTile, fields[v]);
+    for (int v = 0; v < NV; ++v) {
+      load_fields<W>(w[v] + int64_t{i} * W * kTile, fields[v]);
+      // One long stream of four bits is what processors follow by themselves.
+      if (!kLong || W < 4) prefetch_fields<W>(w[v] + int64_t{i} * W * kTile);
+    }
 #pragma GCC unroll 8
     for (int q = 0; q < 8; ++q) {
       int32_t four;
@@ -71,7 +95,10 @@ ANYPREC_INLINE void dot_quads(const int8_t* const (&x)[R], const int32_t* const 
   }
   for (int i = 0; i < nwords; ++i) {
     V fields[NV][W];
-    for (int v = 0; v < NV; ++v) load_fields<W>(w[v] + int64_t{i} * W * kTile, fields[v]);
+    for (int v = 0; v < NV; ++v) {
+      load_fields<W>(w[v] + int64_t{i} * W * kTile, fields[v]);
+      if (R <= kFloatDigits) prefetch_fields<W>(w[v] + int64_t{i} * W * kTile);
+    }
 #pragma GCC unroll 8
     for (int q = 0; q < 8; ++q) {
       V codes[NV];
@@ -101,7 +128,6 @@ ANYPREC_INLINE void dot_quads(const int8_t* const (&x)[R], const int32_t* const 
 template <int W, int R>
 ANYPREC_INLINE void dot_codes(const Product& p, int64_t part, const Block& b,
                               const Segment& seg, V (&t)[R][NV]) {
-  constexpr int kLongWords = 8;  // below, putting places together costs more than shifts
   const int8_t* x[R];
   for (int r = 0; r < R; ++r) {
     x[r] = in_part<int8_t>(p, part + r, 0) + int64_t{seg.word} * kWordBits;
@@ -113,11 +139,12 @@ ANYPREC_INLINE void dot_codes(const Product& p, int64_t part, const Block& b,
     x_sums[r] = in_part<int32_t>(p, part + r, p.row.sums) + (&seg - p.segments);
   }
   if constexpr (Isa::kScaledFields && R == 1 && (W == 1 || W == 2 || W == 4)) {
-    if (W == 4 || seg.words >= kLongWords) {
-      return dot_fields<W>(x[0], *x_sums[0], w, seg.words, t[0]);
-    }
+    return seg.words < kLongWords
+               ? dot_fields<W, false>(x[0], *x_sums[0], w, seg.words, t[0])
+               : dot_fields<W, true>(x[0], *x_sums[0], w, seg.words, t[0]);
+  } else {
+    dot_quads<W, R>(x, x_sums, w, seg.words, t);
   }
-  dot_quads<W, R>(x, x_sums, w, seg.words, t);
 }
 
 // t = sum q_x q_w by xor + popcount over pairs of planes: k A B - 2 sum 2^(i+j) popcount with the
@@ -179,6 +206,8 @@ inline void dot_planes(const Product& p, int64_t m, const Block& b, const Segmen
 
 // --- Epilogues ---
 
+inline int64_t bytes_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
 // L scales or offsets from element `at`.
 inline F load_lanes(const void* data, DType dtype, int64_t at) {
   switch (dtype) {
@@ -187,6 +216,12 @@ inline F load_lanes(const void* data, DType dtype, int64_t at) {
     case DType::kBF16: return Isa::load_bfloat(static_cast<const uint16_t*>(data) + at);
   }
   __builtin_unreachable();
+}
+
+inline void prefetch_scales(const Block& b, int64_t at) {
+  prefetch(static_cast<const char*>(b.scales) + at * bytes_of(b.scale_dtype), kScalesAhead);
+  if (b.offsets == nullptr) return;
+  prefetch(static_cast<const char*>(b.offsets) + at * bytes_of(b.offset_dtype), kScalesAhead);
 }
 
 // What the epilogue needs of a segment: sum q_x q_w and sum q_x as floats.
@@ -234,6 +269,7 @@ ANYPREC_INLINE void add_segment(const Product& p, int64_t m, const Block& b,
   F scales[NV], centres[NV];
   for (int v = 0; v < NV; ++v) {
     int64_t at = b.scale_at[v] + int64_t{seg.group} * kTile;
+    if (R == 1) prefetch_scales(b, at);
     scales[v] = load_lanes(b.scales, b.scale_dtype, at);
     if (b.offsets == nullptr) continue;
     F level = Isa::fbroadcast(static_cast<float>(max_level(p.w.bits)));
