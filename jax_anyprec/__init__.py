@@ -4,17 +4,20 @@ import importlib
 from typing import Any
 
 from ._native import Unavailable, status
+from .memory import Arena
 from .ops import int_matmul, matmul, quantize_activations
 from .quantize import quantize
 from .rotation import Rotation
-from .tensor import QuantizedTensor
+from .tensor import QuantizedTensor, concatenate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Arena",
     "QuantizedTensor",
     "Rotation",
     "Unavailable",
+    "concatenate",
     "int_matmul",
     "linen",
     "matmul",

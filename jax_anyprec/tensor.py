@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -175,6 +175,62 @@ class QuantizedTensor:
         tensor = cls(planes, scales, offsets, k, k // groups, rotation)
         check_tensor(tensor, "codes")
         return tensor
+
+
+def concatenate(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Tensors of the same K side by side: ``[..., K, N1 + N2 + ...]``.
+
+    Layers that share an input become one layer: their products, one after another, are the product
+    of this.
+
+    Args:
+      tensors: at least one. All have the same leading axes, K, bits, group size, rotation and dtypes
+        of scales and offsets (or no offsets), and all are prepared or none.
+
+    Raises:
+      TypeError: an element is no `QuantizedTensor`.
+      ValueError: there is none, or two are unlike; the message says in what.
+    """
+    if not tensors:
+        raise ValueError("tensors must have at least one element, got none")
+    for i, w in enumerate(tensors):
+        check_tensor(w, f"tensors[{i}]")
+    first = tensors[0]
+    for i, w in enumerate(tensors):
+        for field, value in _likeness(w).items():
+            if value != _likeness(first)[field]:
+                raise ValueError(
+                    f"tensors must be alike, but tensors[{i}] has {field} {value} and tensors[0] "
+                    f"{_likeness(first)[field]}"
+                )
+    whole_tiles = all(w.shape[-1] % fmt.TILE == 0 for w in tensors)
+    if first.prepared and not whole_tiles:
+        return concatenate([w.restore() for w in tensors]).prepare()
+    columns = sum(w.shape[-1] for w in tensors) if first.prepared else None
+    # Tiles are the first axis of a matrix, or columns: the second of three, the first of two.
+    axis = len(first._leading)
+    planes, scales, offsets = zip(*((w.planes, w.scales, w.offsets) for w in tensors), strict=True)
+    return dataclasses.replace(
+        first,
+        planes=jnp.concatenate(planes, axis if first.prepared else axis + 1),
+        scales=jnp.concatenate(scales, axis),
+        offsets=None if first.offsets is None else jnp.concatenate(offsets, axis),
+        columns=columns,
+    )
+
+
+def _likeness(w: QuantizedTensor) -> dict[str, Any]:
+    """What tensors that stand side by side must agree in, by names for messages."""
+    return {
+        "leading axes": w.shape[:-2],
+        "K": w.k,
+        "bits": w.bits,
+        "group_size": w.group_size,
+        "rotation": w.rotation,
+        "prepared": w.prepared,
+        "scales of dtype": w.scales.dtype.name,
+        "offsets of dtype": None if w.offsets is None else w.offsets.dtype.name,
+    }
 
 
 def check_group_size(group_size: Any, k: int) -> int:

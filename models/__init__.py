@@ -3,6 +3,7 @@
 from .generate import generate
 from .llama import Cache, Llama, LlamaConfig
 from .llama_gguf import LoadedModel, WeightBytes, load_gguf, weight_bytes
+from .projections import Projections, merge_projections
 from .quantization import Quantization
 from .tokenizer import Tokenizer
 
@@ -11,10 +12,12 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "LoadedModel",
+    "Projections",
     "Quantization",
     "Tokenizer",
     "WeightBytes",
     "generate",
     "load_gguf",
+    "merge_projections",
     "weight_bytes",
 ]

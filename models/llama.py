@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from .projections import Projections
 from .quantization import Quantization, make_linear
 
 
@@ -99,9 +100,7 @@ class Attention(nnx.Module):
         self.config = config
         width, heads = config.hidden_size, config.num_heads * config.head_dim
         kv_heads = config.num_kv_heads * config.head_dim
-        self.query = make_linear(width, heads, **options)
-        self.key = make_linear(width, kv_heads, **options)
-        self.value = make_linear(width, kv_heads, **options)
+        self.projections = Projections(width, (heads, kv_heads, kv_heads), **options)
         self.output = make_linear(heads, width, **options)
 
     def __call__(
@@ -113,9 +112,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """``x [B, S, width]`` at ``positions int32[S]`` to its update and the keys and values."""
         theta = self.config.rope_theta
-        q = rotary(self._heads(self.query(x)), positions, theta)
-        k = rotary(self._heads(self.key(x)), positions, theta)
-        v = self._heads(self.value(x))
+        q, k, v = map(self._heads, self.projections(x))
+        q, k = rotary(q, positions, theta), rotary(k, positions, theta)
         if past is not None:
             k = jax.lax.dynamic_update_slice_in_dim(past[0], k, positions[0], axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past[1], v, positions[0], axis=1)
@@ -134,12 +132,13 @@ class FeedForward(nnx.Module):
     """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
 
     def __init__(self, config: LlamaConfig, **options: Any):
-        self.gate = make_linear(config.hidden_size, config.intermediate_size, **options)
-        self.up = make_linear(config.hidden_size, config.intermediate_size, **options)
-        self.down = make_linear(config.intermediate_size, config.hidden_size, **options)
+        inner = config.intermediate_size
+        self.projections = Projections(config.hidden_size, (inner, inner), **options)
+        self.down = make_linear(inner, config.hidden_size, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+        gate, up = self.projections(x)
+        return self.down(nnx.silu(gate) * up)
 
 
 class Layer(nnx.Module):

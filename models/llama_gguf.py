@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import jax_anyprec as ap
 from jax_anyprec.gguf import EXACT_TYPES, GGUFError, GGUFFile
 
 from .llama import Llama, LlamaConfig
+from .projections import merge_projections
 from .quantization import Quantization, default_dtype
 from .tokenizer import Tokenizer
 
@@ -28,13 +30,13 @@ MODEL_WEIGHTS = {
 HEAD_WEIGHTS = {"output.weight": ("head", ("vocab", "hidden"))}
 LAYER_WEIGHTS = {
     "blk.{i}.attn_norm.weight": ("layers.{i}.attention_norm", ("hidden",)),
-    "blk.{i}.attn_q.weight": ("layers.{i}.attention.query", ("query", "hidden")),
-    "blk.{i}.attn_k.weight": ("layers.{i}.attention.key", ("key", "hidden")),
-    "blk.{i}.attn_v.weight": ("layers.{i}.attention.value", ("key", "hidden")),
+    "blk.{i}.attn_q.weight": ("layers.{i}.attention.projections.layers.0", ("query", "hidden")),
+    "blk.{i}.attn_k.weight": ("layers.{i}.attention.projections.layers.1", ("key", "hidden")),
+    "blk.{i}.attn_v.weight": ("layers.{i}.attention.projections.layers.2", ("key", "hidden")),
     "blk.{i}.attn_output.weight": ("layers.{i}.attention.output", ("hidden", "query")),
     "blk.{i}.ffn_norm.weight": ("layers.{i}.feed_forward_norm", ("hidden",)),
-    "blk.{i}.ffn_gate.weight": ("layers.{i}.feed_forward.gate", ("inner", "hidden")),
-    "blk.{i}.ffn_up.weight": ("layers.{i}.feed_forward.up", ("inner", "hidden")),
+    "blk.{i}.ffn_gate.weight": ("layers.{i}.feed_forward.projections.layers.0", ("inner", "hidden")),
+    "blk.{i}.ffn_up.weight": ("layers.{i}.feed_forward.projections.layers.1", ("inner", "hidden")),
     "blk.{i}.ffn_down.weight": ("layers.{i}.feed_forward.down", ("hidden", "inner")),
 }
 
@@ -123,13 +125,18 @@ def load_gguf(
     _check_tensors(file, weights)
     # The abstract model has shapes and no weights; each is put in place as it is read.
     model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    arena = ap.Arena()
     total, done = sum(file.info(name).nbytes for name in weights), 0
-    for name, (module_path, _) in weights.items():
-        parent, child = _find(model, module_path)
-        setattr(parent, child, _load_layer(file, name, getattr(parent, child), quantization, dtype))
-        done += file.info(name).nbytes
-        if progress is not None:
-            progress(done, total)
+    for part, members in itertools.groupby(weights.items(), lambda member: _part(member[1][0])):
+        for name, (path, _) in members:
+            layer = _load_layer(file, name, _find(model, path), quantization, dtype)
+            _replace(model, path, layer)
+            done += file.info(name).nbytes
+            if progress is not None:
+                progress(done, total)
+        module = _find(model, part)
+        merge_projections(module)
+        nnx.update(module, arena.place(nnx.state(module)))
     name = file.get("general.name", str, file.path.stem)
     return LoadedModel(model, tokenizer, config, quantization, name)
 
@@ -222,13 +229,28 @@ def _sizes(config: LlamaConfig) -> dict[str, int]:
     }
 
 
-def _find(model: Llama, path: str) -> tuple[Any, str]:
-    """The parent of the module at a dotted `path`, and the attribute that holds the module."""
-    *parents, child = path.split(".")
+def _part(path: str) -> str:
+    """Of a dotted `path`, the module that is loaded as a whole: a decoder layer, or a single one."""
+    first, *rest = path.split(".")
+    return f"{first}.{rest[0]}" if first == "layers" else first
+
+
+def _find(model: Llama, path: str) -> Any:
+    """The module at a dotted `path`."""
     node: Any = model
-    for key in parents:
+    for key in path.split("."):
         node = node[int(key)] if key.isdigit() else getattr(node, key)
-    return node, child
+    return node
+
+
+def _replace(model: Llama, path: str, module: nnx.Module) -> None:
+    """Put `module` at a dotted `path`."""
+    *parents, child = path.split(".")
+    node = _find(model, ".".join(parents)) if parents else model
+    if child.isdigit():
+        node[int(child)] = module
+    else:
+        setattr(node, child, module)
 
 
 def _check_tensors(file: GGUFFile, weights: dict[str, tuple[str, tuple[int, ...]]]) -> None:

@@ -1,0 +1,85 @@
+"""`Projections`: linear layers that share an input, in as few products as their weights allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jax_anyprec as ap
+
+from .quantization import make_linear
+
+
+class Projections(nnx.Module):
+    """Linear layers without bias over the same features, such as query, key and value.
+
+    They begin as one layer for each output, as checkpoints hold them. `merge_projections` joins
+    those whose weights are held alike, so that activations are quantized once, and one long product
+    takes the place of several short ones.
+
+    Args:
+      features_in: features of the input.
+      features_out: features of each output.
+      options: for `make_linear`.
+    """
+
+    def __init__(self, features_in: int, features_out: Sequence[int], **options: Any):
+        self.layers = nnx.List([make_linear(features_in, n, **options) for n in features_out])
+        self.widths = tuple((n,) for n in features_out)  # of the outputs that each layer has
+
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """``x [..., features_in]`` to the outputs ``[..., n]``, one for each of `features_out`."""
+        return [
+            output
+            for layer, widths in zip(self.layers, self.widths, strict=True)
+            for output in jnp.split(layer(x), np.cumsum(widths)[:-1], axis=-1)
+        ]
+
+    def merge(self) -> None:
+        """Join neighbouring layers whose weights are held alike."""
+        layers, widths = list(self.layers), list(self.widths)
+        i = 1
+        while i < len(layers):
+            joined = _join(layers[i - 1], layers[i])
+            if joined is None:
+                i += 1
+            else:
+                layers[i - 1 : i + 1] = [joined]
+                widths[i - 1 : i + 1] = [widths[i - 1] + widths[i]]
+        self.layers, self.widths = nnx.List(layers), tuple(widths)
+
+
+def merge_projections(module: nnx.Module) -> None:
+    """Merge all `Projections` inside `module`."""
+    for _, inner in list(nnx.iter_modules(module)):
+        if isinstance(inner, Projections):
+            inner.merge()
+
+
+def _join(a: nnx.Module, b: nnx.Module) -> nnx.Module | None:
+    """One layer with the outputs of `a` and then of `b`; None if their weights are held unlike."""
+    match a, b:
+        case (nnx.Linear(), nnx.Linear()) if a.kernel.dtype == b.kernel.dtype:
+            kernel = jnp.concatenate([a.kernel[...], b.kernel[...]], axis=1)
+            # Only a shape of its weights is made, and then given values.
+            joined = nnx.eval_shape(
+                lambda: nnx.Linear(
+                    *kernel.shape, use_bias=False, dtype=a.dtype, rngs=nnx.Rngs(0)
+                )
+            )
+            joined.kernel.set_value(kernel)
+            return joined
+        case (ap.nnx.QuantLinear(), ap.nnx.QuantLinear()) if a.activations == b.activations:
+            try:
+                kernel = ap.concatenate([a.kernel.get_value(), b.kernel.get_value()])
+            except ValueError:
+                return None
+            return ap.nnx.QuantLinear.from_tensor(
+                kernel, activations=a.activations, act_scales=a.act_scales, dtype=a.dtype
+            )
+    return None
