@@ -97,7 +97,10 @@ ANYPREC_INLINE void dot_quads(const int8_t* const (&x)[R], const int32_t* const 
     V fields[NV][W];
     for (int v = 0; v < NV; ++v) {
       load_fields<W>(w[v] + int64_t{i} * W * kTile, fields[v]);
-      if (R <= kFloatDigits) prefetch_fields<W>(w[v] + int64_t{i} * W * kTile);
+      // Short groups of eight bits are slow enough to be followed.
+      if (R <= kFloatDigits && (W < 8 || nwords >= kLongWords)) {
+        prefetch_fields<W>(w[v] + int64_t{i} * W * kTile);
+      }
     }
 #pragma GCC unroll 8
     for (int q = 0; q < 8; ++q) {

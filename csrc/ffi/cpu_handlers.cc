@@ -32,8 +32,20 @@ Method parse_method(std::string_view name) {
 namespace {
 
 // One task should outlast the cost of handing it to another thread by far.
-constexpr int64_t kTaskProducts = 1 << 20;
 constexpr int64_t kTaskValues = 1 << 14;
+// Products of one task at most, if it is more than one block, and those of a matrix that several
+// threads share at least.
+constexpr int64_t kTaskProducts = 1 << 20, kSharedProducts = 1 << 18;
+constexpr int64_t kTasksPerThread = 2;
+// A loop over fewer products is brief: waking threads for the next would cost about as much.
+constexpr int64_t kBriefProducts = 1 << 26;
+
+// For the helpers of brief loops of all products of this process, whose pools are the same few
+// threads of XLA. Never destroyed: a helper may wait in it while the process ends.
+WaitingRoom& waiting_room() {
+  static WaitingRoom& room = *new WaitingRoom;
+  return room;
+}
 
 struct Bad {
   std::string message;
@@ -137,7 +149,7 @@ std::unique_ptr<uint8_t, decltype(&std::free)> make_scratch(int64_t bytes) {
 template <typename Body>
 void parallel_rows(ffi::ThreadPool& pool, int64_t m, int64_t k, const Body& body) {
   int64_t step = std::max<int64_t>(1, kTaskValues / std::max<int64_t>(1, k));
-  parallel_for((m + step - 1) / step, pool.num_threads(),
+  parallel_for((m + step - 1) / step, pool.num_threads(), nullptr,
                [&](auto fn) { pool.Schedule(std::move(fn)); },
                [&](int64_t task) {
                  auto scratch = make_scratch(prologue_bytes(k));
@@ -150,12 +162,15 @@ void parallel_rows(ffi::ThreadPool& pool, int64_t m, int64_t k, const Body& body
 template <typename Run>
 void parallel_blocks(ffi::ThreadPool& pool, const Product& p, const Run& run) {
   int64_t columns = kernels().columns;
+  int64_t threads = pool.num_threads();
   int64_t blocks = (p.w.n + columns - 1) / columns;
   int64_t row_blocks = (p.act.m + kMaxRows - 1) / kMaxRows;
-  int64_t products = columns * std::min<int64_t>(p.act.m, kMaxRows) * std::max<int64_t>(1, p.act.k);
-  int64_t step = std::max<int64_t>(1, kTaskProducts / std::max<int64_t>(1, products));
+  int64_t k = std::max<int64_t>(1, p.act.k), all = p.act.m * p.w.n * k;
+  int64_t products = columns * std::clamp<int64_t>(p.act.m, 1, kMaxRows) * k;
+  int64_t step = std::min(blocks / (kTasksPerThread * threads), kTaskProducts / products);
+  step = std::max<int64_t>(1, all < kSharedProducts ? blocks : step);
   int64_t tasks = (blocks + step - 1) / step;
-  parallel_for(tasks * row_blocks, pool.num_threads(),
+  parallel_for(tasks * row_blocks, threads, all < kBriefProducts ? &waiting_room() : nullptr,
                [&](auto fn) { pool.Schedule(std::move(fn)); },
                [&](int64_t task) {
                  auto scratch = make_scratch(block_bytes(p));
