@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 IMPLEMENTATIONS = ("xla", "cpu", "cpu_planes", "cpu_codes", "cuda")
 
-MAX_PLANE_PRODUCTS = {"avx512": 4, "avx2": 3, "portable": 15}
+MAX_PLANE_PRODUCTS = {"avx512": 4, "avxvnni": 1, "avx2": 3, "neon": 1, "portable": 15}
 """Products by planes cost act_bits * weight_bits; above these, 8-bit products are cheaper.
 
-Measured on 4096 x 4096 with 1, 16 and 512 rows; docs/cpu.md has the table."""
+Measured on 4096 x 4096 with 1, 16 and 512 rows, but for neon, where instructions were counted;
+docs/cpu.md has the table."""
 
 MANY_ROWS = 8
 """From so many rows on it pays to make planes of the fields of wider weights."""

@@ -1,5 +1,11 @@
-// Instruction sets by CPUID and XGETBV (through the compiler's run-time support).
+// Instruction sets that this machine has: by CPUID and XGETBV (through the compiler's run-time
+// support), or as Linux tells.
 #include "dispatch.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #include <stdexcept>
 
@@ -25,12 +31,32 @@ bool has_avx512() {
 #endif
 }
 
+bool has_avxvnni() {
+#if defined(__x86_64__)
+  return has_avx2() && __builtin_cpu_supports("avxvnni");
+#else
+  return false;
+#endif
+}
+
+bool has_dotprod() {
+#if defined(__aarch64__) && defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  return true;  // every Mac with such a processor
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> found;
   if (has_avx512() && avx512_kernels() != nullptr) found.push_back(avx512_kernels());
+  if (has_avxvnni() && avxvnni_kernels() != nullptr) found.push_back(avxvnni_kernels());
   if (has_avx2() && avx2_kernels() != nullptr) found.push_back(avx2_kernels());
+  if (has_dotprod() && neon_kernels() != nullptr) found.push_back(neon_kernels());
   found.push_back(portable_kernels());
   return found;
 }

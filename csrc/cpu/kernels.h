@@ -98,7 +98,9 @@ struct Kernels {
 
 // Null where the compiler could not build them.
 const Kernels* portable_kernels();
+const Kernels* neon_kernels();
 const Kernels* avx2_kernels();
+const Kernels* avxvnni_kernels();
 const Kernels* avx512_kernels();
 
 RowLayout row_layout(int64_t k, int64_t segments, int64_t act_groups, int act_bits, Method method);
