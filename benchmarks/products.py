@@ -48,10 +48,9 @@ class JaxProduct:
         self.name = name
         self.x = x
         self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+        arena = ap.Arena()  # huge pages for all, ours and XLA's own
         self.copies = rotation(
-            weights,
-            lambda: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), weights),
-            copies(self.weight_bytes),
+            arena.place(weights), lambda: arena.place(weights), copies(self.weight_bytes)
         )
         self.chain = jax.jit(functools.partial(_chain, product))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from typing import Any, TypeVar
@@ -72,8 +73,6 @@ def _huge_pages(size: int) -> np.ndarray:
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, math.ceil(size / mmap.PAGESIZE) * mmap.PAGESIZE, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # of a kernel without them: it is slower, no worse
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them; the memory is as good, only slower
-            pass
     return np.frombuffer(memory, np.uint8)

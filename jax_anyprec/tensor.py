@@ -184,8 +184,8 @@ def concatenate(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
     of this.
 
     Args:
-      tensors: at least one. All have the same leading axes, K, bits, group size, rotation and dtypes
-        of scales and offsets (or no offsets), and all are prepared or none.
+      tensors: at least one. All have the same leading axes, K, bits, group size, rotation and
+        dtypes of scales and offsets (or no offsets), and all are prepared or none.
 
     Raises:
       TypeError: an element is no `QuantizedTensor`.

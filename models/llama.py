@@ -100,7 +100,7 @@ class Attention(nnx.Module):
         self.config = config
         width, heads = config.hidden_size, config.num_heads * config.head_dim
         kv_heads = config.num_kv_heads * config.head_dim
-        self.projections = Projections(width, (heads, kv_heads, kv_heads), **options)
+        self.qkv = Projections(width, (heads, kv_heads, kv_heads), **options)
         self.output = make_linear(heads, width, **options)
 
     def __call__(
@@ -112,7 +112,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """``x [B, S, width]`` at ``positions int32[S]`` to its update and the keys and values."""
         theta = self.config.rope_theta
-        q, k, v = map(self._heads, self.projections(x))
+        q, k, v = map(self._heads, self.qkv(x))
         q, k = rotary(q, positions, theta), rotary(k, positions, theta)
         if past is not None:
             k = jax.lax.dynamic_update_slice_in_dim(past[0], k, positions[0], axis=1)
@@ -133,11 +133,11 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: LlamaConfig, **options: Any):
         inner = config.intermediate_size
-        self.projections = Projections(config.hidden_size, (inner, inner), **options)
+        self.gate_up = Projections(config.hidden_size, (inner, inner), **options)
         self.down = make_linear(inner, config.hidden_size, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = self.projections(x)
+        gate, up = self.gate_up(x)
         return self.down(nnx.silu(gate) * up)
 
 

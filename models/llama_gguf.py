@@ -30,13 +30,16 @@ MODEL_WEIGHTS = {
 HEAD_WEIGHTS = {"output.weight": ("head", ("vocab", "hidden"))}
 LAYER_WEIGHTS = {
     "blk.{i}.attn_norm.weight": ("layers.{i}.attention_norm", ("hidden",)),
-    "blk.{i}.attn_q.weight": ("layers.{i}.attention.projections.layers.0", ("query", "hidden")),
-    "blk.{i}.attn_k.weight": ("layers.{i}.attention.projections.layers.1", ("key", "hidden")),
-    "blk.{i}.attn_v.weight": ("layers.{i}.attention.projections.layers.2", ("key", "hidden")),
+    "blk.{i}.attn_q.weight": ("layers.{i}.attention.qkv.layers.0", ("query", "hidden")),
+    "blk.{i}.attn_k.weight": ("layers.{i}.attention.qkv.layers.1", ("key", "hidden")),
+    "blk.{i}.attn_v.weight": ("layers.{i}.attention.qkv.layers.2", ("key", "hidden")),
     "blk.{i}.attn_output.weight": ("layers.{i}.attention.output", ("hidden", "query")),
     "blk.{i}.ffn_norm.weight": ("layers.{i}.feed_forward_norm", ("hidden",)),
-    "blk.{i}.ffn_gate.weight": ("layers.{i}.feed_forward.projections.layers.0", ("inner", "hidden")),
-    "blk.{i}.ffn_up.weight": ("layers.{i}.feed_forward.projections.layers.1", ("inner", "hidden")),
+    "blk.{i}.ffn_gate.weight": (
+        "layers.{i}.feed_forward.gate_up.layers.0",
+        ("inner", "hidden"),
+    ),
+    "blk.{i}.ffn_up.weight": ("layers.{i}.feed_forward.gate_up.layers.1", ("inner", "hidden")),
     "blk.{i}.ffn_down.weight": ("layers.{i}.feed_forward.down", ("hidden", "inner")),
 }
 
@@ -230,7 +233,7 @@ def _sizes(config: LlamaConfig) -> dict[str, int]:
 
 
 def _part(path: str) -> str:
-    """Of a dotted `path`, the module that is loaded as a whole: a decoder layer, or a single one."""
+    """The part of a dotted `path` that is loaded as a whole: a decoder layer, or a module."""
     first, *rest = path.split(".")
     return f"{first}.{rest[0]}" if first == "layers" else first
 
@@ -246,7 +249,7 @@ def _find(model: Llama, path: str) -> Any:
 def _replace(model: Llama, path: str, module: nnx.Module) -> None:
     """Put `module` at a dotted `path`."""
     *parents, child = path.split(".")
-    node = _find(model, ".".join(parents)) if parents else model
+    node: Any = _find(model, ".".join(parents)) if parents else model
     if child.isdigit():
         node[int(child)] = module
     else:

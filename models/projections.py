@@ -30,7 +30,8 @@ class Projections(nnx.Module):
 
     def __init__(self, features_in: int, features_out: Sequence[int], **options: Any):
         self.layers = nnx.List([make_linear(features_in, n, **options) for n in features_out])
-        self.widths = tuple((n,) for n in features_out)  # of the outputs that each layer has
+        # Of the outputs that each layer has.
+        self.widths: tuple[tuple[int, ...], ...] = tuple((n,) for n in features_out)
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         """``x [..., features_in]`` to the outputs ``[..., n]``, one for each of `features_out`."""
@@ -65,14 +66,12 @@ def _join(a: nnx.Module, b: nnx.Module) -> nnx.Module | None:
     """One layer with the outputs of `a` and then of `b`; None if their weights are held unlike."""
     match a, b:
         case (nnx.Linear(), nnx.Linear()) if a.kernel.dtype == b.kernel.dtype:
-            kernel = jnp.concatenate([a.kernel[...], b.kernel[...]], axis=1)
+            kernels = jnp.concatenate([a.kernel[...], b.kernel[...]], axis=1)
             # Only a shape of its weights is made, and then given values.
             joined = nnx.eval_shape(
-                lambda: nnx.Linear(
-                    *kernel.shape, use_bias=False, dtype=a.dtype, rngs=nnx.Rngs(0)
-                )
+                lambda: nnx.Linear(*kernels.shape, use_bias=False, dtype=a.dtype, rngs=nnx.Rngs(0))
             )
-            joined.kernel.set_value(kernel)
+            joined.kernel.set_value(kernels)
             return joined
         case (ap.nnx.QuantLinear(), ap.nnx.QuantLinear()) if a.activations == b.activations:
             try:

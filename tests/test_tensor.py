@@ -29,6 +29,51 @@ def random_tensor(
     return ap.QuantizedTensor.from_codes(codes, scales, z, bits=bits), codes, scales, z
 
 
+@pytest.mark.parametrize("columns", [(32, 64), (5, 40, 1), (7,), (0, 33)])
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("offsets", [False, True])
+@pytest.mark.parametrize("leading", [(), (2,)])
+def test_concatenate(columns: tuple, prepared: bool, offsets: bool, leading: tuple) -> None:
+    rng = np.random.default_rng(0)
+    parts = []
+    for n in columns:
+        codes = rng.integers(0, 8, (*leading, n, 64), np.uint8)
+        scales = rng.uniform(0.01, 1, (*leading, n, 2)).astype(np.float16)
+        parts.append(
+            ap.QuantizedTensor.from_codes(codes, scales, -scales if offsets else None, bits=3)
+        )
+    expected = np.concatenate([np.asarray(w.dequantize()) for w in parts], axis=-1)
+    joined = ap.concatenate([w.prepare() for w in parts] if prepared else parts)
+    assert joined.prepared == prepared
+    assert joined.shape == (*leading, 64, sum(columns))
+    np.testing.assert_array_equal(joined.dequantize(), expected)
+    inside = jax.jit(lambda parts: ap.concatenate(parts).dequantize())(parts)
+    np.testing.assert_array_equal(inside, expected)
+
+
+def test_concatenate_says_what_differs() -> None:
+    def tensor(bits: int = 2, k: int = 64, group: int = 32, dtype: str = "float32", **fields):
+        w = ap.quantize(np.ones((k, 4), np.float32), bits, group_size=group, scale_dtype=dtype)
+        return dataclasses.replace(w, **fields)
+
+    first = tensor()
+    for other, message in (
+        (tensor(3), r"tensors\[1\] has bits 3 and tensors\[0\] 2"),
+        (tensor(k=96), "K 96"),
+        (tensor(group=64), "group_size 64"),
+        (tensor(dtype="float16"), "scales of dtype float16"),
+        (tensor(offsets=first.scales), "offsets of dtype float32"),
+        (tensor(rotation=ap.Rotation(64)), "rotation Rotation"),
+        (tensor().prepare(), "prepared True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ap.concatenate([first, other])
+    with pytest.raises(ValueError, match="tensors must have at least one element"):
+        ap.concatenate([])
+    with pytest.raises(TypeError, match=r"tensors\[1\] must be a QuantizedTensor"):
+        ap.concatenate([first, np.ones((64, 4))])
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("offsets", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
