@@ -3,10 +3,10 @@
     python -m benchmarks.model --json benchmarks/results/model-NAME.json
 
 All settings read the same GGUF file, 4-bit weights in Q4_1; llama.cpp also has it in Q4_0. Each
-number of threads gets a process of its own, held to so many cores. Settings take turns: for each
-reading of the long prompt, and for each token that continues the short one, so that a change in
-the machine's speed meets all of them. A speed is the median over turns of the float32 time divided
-by the setting's time of the same turn.
+number of threads gets a process of its own, held to so many cores. Settings take turns, for each
+reading of the long prompt, and for every eight tokens that continue the short one, so that a change
+in the machine's speed meets all of them. A speed is the median of the float32 time divided by the
+setting's time of the same place in its turns.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from .timing import rest, speeds, spread, take_turns
 PROMPT = "Explain in a few sentences why the sky is blue."
 LONG_PROMPT = 512
 """Tokens of the prompt whose first answer is timed: PROMPT again and again."""
-WARM_UP = 4
-"""First tokens that are not counted."""
+TURN = 8
+"""Tokens that each setting decodes in its turn, after one that is not counted."""
 
 SETTINGS: dict[str, Setting] = {
     "float32": (None, jnp.float32),
@@ -115,14 +115,18 @@ def decode_in_turn(
     decoders: list[Decoder], prompt: Sequence[int], tokens: int
 ) -> tuple[list[list[int]], list[list[float]]]:
     """The tokens that each model gives, and the seconds of each that counts."""
-    answers = [[decoder.start(prompt, tokens + WARM_UP + 1)] for decoder in decoders]
+    turns = max(1, tokens // TURN)
+    answers = [[decoder.start(prompt, turns * (TURN + 1) + 2)] for decoder in decoders]
+    for decoder, answer in zip(decoders, answers, strict=True):
+        answer.append(decoder.step())  # compiles
     seconds: list[list[float]] = [[] for _ in decoders]
-    for turn in range(tokens + WARM_UP):
+    for _ in range(turns):
         for decoder, answer, times in zip(decoders, answers, seconds, strict=True):
             rest()
-            begin = time.perf_counter()
-            answer.append(decoder.step())
-            if turn >= WARM_UP:
+            answer.append(decoder.step())  # the last turn was others', who took the caches
+            for _ in range(TURN):
+                begin = time.perf_counter()
+                answer.append(decoder.step())
                 times.append(time.perf_counter() - begin)
     return answers, seconds
 

@@ -48,7 +48,7 @@ class Sampler:
     def __call__(self, logits: jax.Array, position: jax.Array) -> jax.Array:
         """A token ``int32[]`` from ``logits float32[vocab]``."""
         if self.temperature is None:
-            return jnp.argmax(logits).astype(jnp.int32)
+            return most_likely(logits)
         logits, tokens = logits / self.temperature, None
         if self.top_k is not None:
             logits, tokens = jax.lax.top_k(logits, min(self.top_k, logits.size))
@@ -56,6 +56,15 @@ class Sampler:
             logits = nucleus(logits, self.top_p)
         choice = jax.random.categorical(jax.random.fold_in(self.key, position), logits)
         return (choice if tokens is None else tokens[choice]).astype(jnp.int32)
+
+
+def most_likely(logits: jax.Array) -> jax.Array:
+    """The first index ``int32[]`` of the largest of ``logits float32[vocab]``.
+
+    `jnp.argmax` reduces pairs, which XLA does one at a time on a CPU; this is two plain reductions.
+    """
+    indices = jnp.arange(logits.size, dtype=jnp.int32)
+    return jnp.where(logits < logits.max(), logits.size, indices).min()
 
 
 def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -21,6 +21,10 @@ from .projections import Projections
 from .quantization import Quantization, make_linear
 
 
+QUERY_BLOCK = 128
+"""Tokens of a prompt that attention takes at once; the fewer, the less is computed in vain."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Sizes and constants of a Llama model.
@@ -117,8 +121,7 @@ class Attention(nnx.Module):
         if past is not None:
             k = jax.lax.dynamic_update_slice_in_dim(past[0], k, positions[0], axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past[1], v, positions[0], axis=1)
-        seen_k, seen_v = k[:, :reach], v[:, :reach]
-        y = attend(q, seen_k, seen_v, visible=positions[:, None] >= jnp.arange(seen_k.shape[1]))
+        y = attend_causally(q, k[:, :reach], v[:, :reach], positions)
         y = jnp.swapaxes(y.reshape(x.shape[0], -1, *y.shape[1:]), 1, 2)
         return self.output(y.reshape(*x.shape[:2], -1)), (k, v)
 
@@ -239,6 +242,24 @@ def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     signs = np.array([-1, 1], np.float32)
     turned = pairs * jnp.cos(angles) + pairs[..., ::-1] * (signs * jnp.sin(angles))
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def attend_causally(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """`attend` where a query at one of ``positions int32[S]`` sees those up to it.
+
+    All S positions are among the T of `k` and `v`, so those past T - S + s are out of sight of
+    query s, wherever S begins. A long prompt is cut into blocks, which leave them out.
+    """
+    s, t = q.shape[1], k.shape[1]
+    blocks = []
+    for begin in range(0, s, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, s)
+        reach = t - s + end
+        visible = positions[begin:end, None] >= jnp.arange(reach)
+        blocks.append(attend(q[:, begin:end], k[:, :reach], v[:, :reach], visible))
+    return jnp.concatenate(blocks, axis=1)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:

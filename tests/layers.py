@@ -29,9 +29,9 @@ class Pair(NamedTuple):
 SQUARE = Layer("square", 4096, 4096)
 FFN = Layer("feed-forward", 4096, 11008)
 SMOLLM2 = (
-    Layer("SmolLM2 query", 576, 576),
-    Layer("SmolLM2 key", 576, 192),
-    Layer("SmolLM2 up", 576, 1536),
+    Layer("SmolLM2 query, key and value", 576, 960),
+    Layer("SmolLM2 output", 576, 576),
+    Layer("SmolLM2 gate and up", 576, 3072),
     Layer("SmolLM2 down", 1536, 576),
     Layer("SmolLM2 head", 576, 49152),
 )

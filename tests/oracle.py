@@ -133,10 +133,15 @@ def encode_one(x: np.float32, scale: np.float32, bits: int) -> int:
     return encode([x], scale, bits)[0]
 
 
-def encode(values: Iterable[np.float32], scale: np.float32, bits: int) -> list[int]:
-    """Codes of values that share a scale."""
+def levels(values: Iterable[np.float32], scale: np.float32) -> list[float]:
+    """Values in steps between codes: one float32 product each, with 0 for scales out of range."""
     usable = MIN_SCALE <= scale <= MAX_SCALE
     inverse = np.float32(0.5) / scale if usable else np.float32(0)
+    return [float(np.float32(x) * inverse) for x in values]
+
+
+def encode(values: Iterable[np.float32], scale: np.float32, bits: int) -> list[int]:
+    """Codes of values that share a scale."""
     largest, half = 2**bits - 1, 2 ** (bits - 1)
 
     def code(level: float) -> int:
@@ -147,7 +152,7 @@ def encode(values: Iterable[np.float32], scale: np.float32, bits: int) -> list[i
         steps = 0 if abs(level) < ZERO_LEVEL else math.floor(level)
         return min(max(steps + half, 0), largest)
 
-    return [code(float(np.float32(x) * inverse)) for x in values]
+    return [code(level) for level in levels(values, scale)]
 
 
 @np.errstate(all="ignore")
@@ -155,8 +160,6 @@ def act_encode(values: Iterable[np.float32], scale: np.float32, bits: int) -> li
     """Codes of activations that share a scale: from ZERO_BITS on to the nearest even integer."""
     if bits < ZERO_BITS:
         return encode(values, scale, bits)
-    usable = MIN_SCALE <= scale <= MAX_SCALE
-    inverse = np.float32(0.5) / scale if usable else np.float32(0)
     half = 2 ** (bits - 1)
 
     def code(level: float) -> int:
@@ -166,7 +169,7 @@ def act_encode(values: Iterable[np.float32], scale: np.float32, bits: int) -> li
             return 1 if level < 0 else 2 * half - 1
         return min(max(round(level) + half, 1), 2 * half - 1)  # round: ties to even
 
-    return [code(float(np.float32(x) * inverse)) for x in values]
+    return [code(level) for level in levels(values, scale)]
 
 
 @np.errstate(all="ignore")

@@ -15,7 +15,7 @@ import synthetic_gguf as tiny
 from flax import nnx
 
 from jax_anyprec.models import Cache, Quantization, generate, load_gguf
-from jax_anyprec.models.generate import Sampler, bucket, compile_step, nucleus
+from jax_anyprec.models.generate import Sampler, bucket, compile_step, most_likely, nucleus
 
 PROMPT = [5, 17, 300, 4, 4, 260, 9]
 
@@ -178,6 +178,22 @@ def test_nucleus_is_the_sorted_one():
         logits = rng.normal(0, 3, 1000).astype(np.float32)
         kept = np.isfinite(nucleus(jnp.asarray(logits), np.float32(top_p)))
         np.testing.assert_array_equal(kept, reference_nucleus(logits, 1, top_p))
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        np.random.default_rng(0).normal(size=1000),
+        [3.0],
+        [1, 5, 2, 5, 5],
+        [-np.inf, -np.inf],
+        [-np.inf, 2, np.inf, 3, np.inf],
+    ],
+)
+def test_most_likely_is_the_first_largest(logits):
+    found = jax.jit(most_likely)(np.asarray(logits, np.float32))
+    assert found.dtype == np.int32
+    assert found == np.argmax(np.asarray(logits, np.float32))
 
 
 def test_buckets():

@@ -15,6 +15,7 @@ from flax import nnx
 import jax_anyprec as ap
 from jax_anyprec.gguf import GGUFError, GGUFFile
 from jax_anyprec.models import Cache, Llama, LlamaConfig, Quantization, load_gguf, weight_bytes
+from jax_anyprec.models.llama import QUERY_BLOCK, attend, attend_causally
 
 FLOAT32_ERROR = 2e-4
 """Of logits near 1: a few hundred float32 roundings on the way, each 6e-8, with room to grow."""
@@ -270,3 +271,18 @@ def test_bad_options():
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no GGUF file"):
         load_gguf(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "length"),
+    [(0, 1, 1), (0, 1, 64), (40, 1, 64), (0, QUERY_BLOCK, QUERY_BLOCK), (5, 200, 300), (0, 300, 301)],
+)
+def test_blocks_of_queries_see_what_all_at_once_see(start: int, size: int, length: int) -> None:
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(6, size, 16)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, length, 16)).astype(np.float32)
+    positions = start + jnp.arange(size)
+    visible = positions[:, None] >= jnp.arange(length)
+    expected = attend(q, k, v, visible)
+    found = jax.jit(attend_causally)(q, k, v, positions)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
