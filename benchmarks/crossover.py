@@ -27,9 +27,7 @@ from .products import CHANNEL, JaxProduct, random_weights
 from .report import Row, matrix, write_json
 from .timing import speeds, take_turns
 
-PAIRS = tuple(
-    Pair(w, a) for w in range(1, 5) for a in range(1, 5) if w * a <= 4
-)
+PAIRS = tuple(Pair(w, a) for w in range(1, 5) for a in range(1, 5) if w * a <= 4)
 ROWS = (1, 16, 512)
 METHODS = ("cpu_codes", "cpu_planes")
 

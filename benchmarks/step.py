@@ -44,15 +44,16 @@ def main() -> None:
     path = fetch.locate("smollm2") or fetch.fetch("smollm2")
     runs = [on_cores(n, run_steps, path) for n in options.threads]
     header = ["threads", "part of a step", "calls", "us", "share"]
-    rows = (
-        [run["machine"]["cores"], part, figures["calls"], f"{figures['us']:.0f}"]
-        + [f"{figures['us'] / run['step_us']:.0%}"]
-        for run in runs
-        for part, figures in run["parts"].items()
-    )
+    rows = [row for run in runs for row in part_rows(run)]
     print(table(header, rows))
     if options.json:
         write_json(options.json, "benchmarks.step", {"runs": runs})
+
+
+def part_rows(run: dict[str, Any]) -> Iterator[list[Any]]:
+    for part, figures in run["parts"].items():
+        us, share = f"{figures['us']:.0f}", f"{figures['us'] / run['step_us']:.0%}"
+        yield [run["machine"]["cores"], part, figures["calls"], us, share]
 
 
 def run_steps(path: pathlib.Path) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from flax import nnx
 from .projections import Projections
 from .quantization import Quantization, make_linear
 
-
 QUERY_BLOCK = 128
 """Tokens of a prompt that attention takes at once; the fewer, the less is computed in vain."""
 
@@ -244,9 +243,7 @@ def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     return turned.reshape(x.shape).astype(x.dtype)
 
 
-def attend_causally(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array
-) -> jax.Array:
+def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
     """`attend` where a query at one of ``positions int32[S]`` sees those up to it.
 
     All S positions are among the T of `k` and `v`, so those past T - S + s are out of sight of

@@ -275,7 +275,14 @@ def test_missing_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("start", "size", "length"),
-    [(0, 1, 1), (0, 1, 64), (40, 1, 64), (0, QUERY_BLOCK, QUERY_BLOCK), (5, 200, 300), (0, 300, 301)],
+    [
+        (0, 1, 1),
+        (0, 1, 64),
+        (40, 1, 64),
+        (0, QUERY_BLOCK, QUERY_BLOCK),
+        (5, 200, 300),
+        (0, 300, 301),
+    ],
 )
 def test_blocks_of_queries_see_what_all_at_once_see(start: int, size: int, length: int) -> None:
     rng = np.random.default_rng(0)

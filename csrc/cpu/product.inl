@@ -83,7 +83,8 @@ ANYPREC_INLINE void dot_fields(const int8_t* x, int32_t x_sum, const uint32_t* c
 template <int W, int R>
 ANYPREC_INLINE void dot_quads(const int8_t* const (&x)[R], const int32_t* const (&x_sums)[R],
                               const uint32_t* const (&w)[NV], int nwords, V (&t)[R][NV]) {
-  constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;  // independent sums hide the latency
+  // Independent sums hide the latency; reading eight bits takes longer than that.
+  constexpr int kChains = W == 8 ? 1 : R == 1 ? 4 : R == 2 ? 2 : 1;
   constexpr bool kTwice = Isa::kScaledFields && W < 8;
   V constants[R], sums[R][NV][kChains];
   for (int r = 0; r < R; ++r) {
@@ -97,10 +98,7 @@ ANYPREC_INLINE void dot_quads(const int8_t* const (&x)[R], const int32_t* const 
     V fields[NV][W];
     for (int v = 0; v < NV; ++v) {
       load_fields<W>(w[v] + int64_t{i} * W * kTile, fields[v]);
-      // Short groups of eight bits are slow enough to be followed.
-      if (R <= kFloatDigits && (W < 8 || nwords >= kLongWords)) {
-        prefetch_fields<W>(w[v] + int64_t{i} * W * kTile);
-      }
+      if (R <= kFloatDigits) prefetch_fields<W>(w[v] + int64_t{i} * W * kTile);
     }
 #pragma GCC unroll 8
     for (int q = 0; q < 8; ++q) {
@@ -272,7 +270,8 @@ ANYPREC_INLINE void add_segment(const Product& p, int64_t m, const Block& b,
   F scales[NV], centres[NV];
   for (int v = 0; v < NV; ++v) {
     int64_t at = b.scale_at[v] + int64_t{seg.group} * kTile;
-    if (R == 1) prefetch_scales(b, at);
+    // Beside eight bits, scales are so few that the processor follows them itself.
+    if (R == 1 && p.w.bits < kMaxBits) prefetch_scales(b, at);
     scales[v] = load_lanes(b.scales, b.scale_dtype, at);
     if (b.offsets == nullptr) continue;
     F level = Isa::fbroadcast(static_cast<float>(max_level(p.w.bits)));
