@@ -47,7 +47,8 @@ class Arena:
         place = self._take(source.nbytes).view(source.dtype).reshape(source.shape)
         place[...] = source
         # From here on only JAX knows of this memory, so nobody changes what it holds.
-        return jax.device_put(place, array.sharding, may_alias=True)
+        device = array.sharding if array.committed else None
+        return jax.device_put(place, device, may_alias=True)
 
     def _take(self, size: int) -> np.ndarray:
         """The next `size` bytes."""

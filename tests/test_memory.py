@@ -26,6 +26,7 @@ def test_values_types_and_structure_stay() -> None:
         "packed": w,
         "half": jnp.arange(7, dtype=jnp.bfloat16),
         "scalar": jnp.float32(3),
+        "committed": jax.device_put(jnp.arange(3), jax.devices()[0]),
         "empty": jnp.zeros((0, 4)),
         "not arrays": (None, 3, "text", np.arange(3)),
     }
@@ -35,7 +36,7 @@ def test_values_types_and_structure_stay() -> None:
         assert type(after) is type(before)
         if isinstance(before, jax.Array):
             assert (after.dtype, after.shape) == (before.dtype, before.shape)
-            assert after.sharding == before.sharding
+            assert (after.sharding, after.committed) == (before.sharding, before.committed)
             np.testing.assert_array_equal(np.asarray(after), np.asarray(before))
     np.testing.assert_array_equal(
         ap.matmul(jnp.ones((2, 64)), placed["packed"], act_bits=8),
