@@ -33,9 +33,9 @@ namespace {
 
 // One task should outlast the cost of handing it to another thread by far.
 constexpr int64_t kTaskValues = 1 << 14;
-// Products of one task at most, if it is more than one block, and those of a matrix that several
-// threads share at least.
-constexpr int64_t kTaskProducts = 1 << 20, kSharedProducts = 1 << 18;
+// Products of one task at least and (if it is more than one block) at most, and those of a matrix
+// that several threads share at least.
+constexpr int64_t kLeastProducts = 1 << 16, kMostProducts = 1 << 20, kSharedProducts = 1 << 18;
 constexpr int64_t kTasksPerThread = 2;
 // A loop over fewer products is brief: waking threads for the next would cost about as much.
 constexpr int64_t kBriefProducts = 1 << 26;
@@ -167,8 +167,9 @@ void parallel_blocks(ffi::ThreadPool& pool, const Product& p, const Run& run) {
   int64_t row_blocks = (p.act.m + kMaxRows - 1) / kMaxRows;
   int64_t k = std::max<int64_t>(1, p.act.k), all = p.act.m * p.w.n * k;
   int64_t products = columns * std::clamp<int64_t>(p.act.m, 1, kMaxRows) * k;
-  int64_t step = std::min(blocks / (kTasksPerThread * threads), kTaskProducts / products);
-  step = std::max<int64_t>(1, all < kSharedProducts ? blocks : step);
+  int64_t step = std::min(blocks / (kTasksPerThread * threads), kMostProducts / products);
+  step = std::max<int64_t>({1, step, kLeastProducts / products});
+  if (all < kSharedProducts) step = std::max<int64_t>(1, blocks);
   int64_t tasks = (blocks + step - 1) / step;
   parallel_for(tasks * row_blocks, threads, all < kBriefProducts ? &waiting_room() : nullptr,
                [&](auto fn) { pool.Schedule(std::move(fn)); },
