@@ -34,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         program = build(pathlib.Path(folder))
         compiler = compiler_of(pathlib.Path(folder))
-        cases = run(str(program)).splitlines()
+        cases = run(str(program)).stdout.splitlines()
         counts = {isa: {case: count(program, isa, case) for case in cases} for isa in ISAS}
     recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {"counts": {}}
     rows = [
@@ -64,18 +64,16 @@ def compiler_of(folder: pathlib.Path) -> str:
     cache = (folder / "CMakeCache.txt").read_text()
     path = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.+)$", cache, re.MULTILINE)
     assert path, "cmake names no compiler"
-    return run(path[1], "--version").splitlines()[0]
+    return run(path[1], "--version").stdout.splitlines()[0]
 
 
 def count(program: pathlib.Path, isa: str, case: str) -> int:
     """Instructions of one case, without setting it up."""
     options = ("--tool=callgrind", "--toggle-collect=measured", "--callgrind-out-file=/dev/null")
-    done = subprocess.run(
-        ["valgrind", *options, str(program), isa, case], capture_output=True, text=True, check=False
+    found = re.search(
+        r"Collected : (\d+)", run("valgrind", *options, str(program), isa, case).stderr
     )
-    found = re.search(r"Collected : (\d+)", done.stderr)
-    if done.returncode or not found:
-        sys.exit(f"{isa}, {case}: valgrind gave {done.returncode}\n{done.stderr}")
+    assert found, "valgrind tells no count"
     return int(found[1])
 
 
@@ -83,11 +81,12 @@ def change(now: int, recorded: int | None) -> float:
     return now / recorded - 1 if recorded else 0.0
 
 
-def run(*command: str) -> str:
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """The finished command; the end of this program if it failed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} gave {done.returncode}\n{done.stdout}{done.stderr}")
-    return done.stdout
+    return done
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--readings", type=int, default=5, help="readings of the long prompt")
     parser.add_argument("--json", type=pathlib.Path, help="write all figures to this file")
     options = parser.parse_args()
-    path = fetch.locate("smollm2") or fetch.fetch("smollm2")
+    path = fetch.fetch("smollm2")
     runs = [on_cores(n, run_model, path, options.tokens, options.readings) for n in options.threads]
     print(model_table([row for run in runs for row in run["rows"]]))
     if options.json:

@@ -23,7 +23,6 @@ from typing import Any
 import jax
 
 from jax_anyprec import fetch, models
-from jax_anyprec.gguf import GGUFFile
 
 from .isolate import on_cores, thread_counts
 from .machine import machine
@@ -41,7 +40,7 @@ def main() -> None:
     parser.add_argument("--threads", type=thread_counts, default=[1], help="such as 1,2")
     parser.add_argument("--json", type=pathlib.Path, help="write all figures to this file")
     options = parser.parse_args()
-    path = fetch.locate("smollm2") or fetch.fetch("smollm2")
+    path = fetch.fetch("smollm2")
     runs = [on_cores(n, run_steps, path) for n in options.threads]
     header = ["threads", "part of a step", "calls", "us", "share"]
     rows = [row for run in runs for row in part_rows(run)]
@@ -58,9 +57,9 @@ def part_rows(run: dict[str, Any]) -> Iterator[list[Any]]:
 
 def run_steps(path: pathlib.Path) -> dict[str, Any]:
     """Microseconds of a step, and of its parts."""
-    model = models.load_gguf(path).model
-    prompt = models.Tokenizer.from_gguf(GGUFFile(path)).encode(PROMPT)
-    tokens = models.generate(model, prompt, max_tokens=WARM_UP + 2 * STEPS)
+    loaded = models.load_gguf(path)
+    prompt = loaded.tokenizer.encode(PROMPT)
+    tokens = models.generate(loaded.model, prompt, max_tokens=WARM_UP + 2 * STEPS)
     step_seconds(tokens, WARM_UP)  # compiles
     untouched = step_seconds(tokens, STEPS)
     with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +72,7 @@ def run_steps(path: pathlib.Path) -> dict[str, Any]:
         "machine": machine(),
         "untouched_step_us": 1e6 * statistics.median(untouched),
         "step_us": traced,
-        "weight_arrays": len(jax.tree.leaves(model)),
+        "weight_arrays": len(jax.tree.leaves(loaded.model)),
         "parts": parts,
     }
 

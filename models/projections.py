@@ -43,15 +43,16 @@ class Projections(nnx.Module):
 
     def merge(self) -> None:
         """Join neighbouring layers whose weights are held alike."""
-        layers, widths = list(self.layers), list(self.widths)
-        i = 1
-        while i < len(layers):
-            joined = _join(layers[i - 1], layers[i])
+        layers: list[nnx.Module] = []
+        widths: list[tuple[int, ...]] = []
+        for layer, width in zip(self.layers, self.widths, strict=True):
+            joined = _join(layers[-1], layer) if layers else None
             if joined is None:
-                i += 1
+                layers.append(layer)
+                widths.append(width)
             else:
-                layers[i - 1 : i + 1] = [joined]
-                widths[i - 1 : i + 1] = [widths[i - 1] + widths[i]]
+                layers[-1] = joined
+                widths[-1] += width
         self.layers, self.widths = nnx.List(layers), tuple(widths)
 
 
@@ -67,13 +68,19 @@ def _join(a: nnx.Module, b: nnx.Module) -> nnx.Module | None:
     match a, b:
         case (nnx.Linear(), nnx.Linear()) if a.kernel.dtype == b.kernel.dtype:
             kernels = jnp.concatenate([a.kernel[...], b.kernel[...]], axis=1)
-            # Only a shape of its weights is made, and then given values.
-            joined = nnx.eval_shape(
-                lambda: nnx.Linear(*kernels.shape, use_bias=False, dtype=a.dtype, rngs=nnx.Rngs(0))
+            return nnx.Linear(
+                *kernels.shape,
+                use_bias=False,
+                dtype=a.dtype,
+                param_dtype=a.param_dtype,
+                kernel_init=lambda *_: kernels,
+                rngs=nnx.Rngs(0),
             )
-            joined.kernel.set_value(kernels)
-            return joined
-        case (ap.nnx.QuantLinear(), ap.nnx.QuantLinear()) if a.activations == b.activations:
+        case (ap.nnx.QuantLinear(), ap.nnx.QuantLinear()) if (
+            a.activations,
+            a.act_scales,
+            a.dtype,
+        ) == (b.activations, b.act_scales, b.dtype):
             try:
                 kernel = ap.concatenate([a.kernel.get_value(), b.kernel.get_value()])
             except ValueError:

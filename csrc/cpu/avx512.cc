@@ -1,5 +1,5 @@
 // The kernels with AVX-512 F, BW, DQ, VL, VNNI and VPOPCNTDQ (Ice Lake, Zen 4 and newer).
-// portable.cc says what each operation of Isa means.
+// vector4.h says what each operation of Isa means.
 #include "kernels.h"
 
 #ifdef __AVX512VNNI__

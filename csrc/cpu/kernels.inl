@@ -1,6 +1,6 @@
 // The kernels, written once over the vector operations that an instruction set provides.
 //
-// The including file defines `Isa` in an anonymous namespace first (portable.cc lists what it
+// The including file defines `Isa` in an anonymous namespace first (vector4.h lists what it
 // must have). A vector holds one 32-bit lane for each of Isa::kLanes output columns, so a product
 // needs no horizontal sums, and scales and offsets apply lane by lane. Codes are taken out of their
 // fields in registers and used for up to Isa::kRows rows of activations. docs/format.md derives

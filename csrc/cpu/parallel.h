@@ -23,7 +23,7 @@ inline void pause() {
 // one token takes less time than waking a thread does. They give up after kStay, about the time
 // between two products of a decoder, and are the pool's again.
 //
-// A seat is free (null), or a thread waits in it (kWaiting), or holds work for that thread, who
+// A seat is free (null), or a thread waits in it (waiting()), or holds work for that thread, who
 // owns it. Work in a seat whose thread is gone, after fork(), is never run: no loop relies on help.
 class WaitingRoom {
  public:

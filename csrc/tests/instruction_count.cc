@@ -1,16 +1,13 @@
 // Runs one kernel on a fixed case, for counting its instructions: `instruction_count ISA CASE`.
 // Without arguments it lists the cases. benchmarks/instructions.py counts.
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "../cpu/dispatch.h"
 #include "../cpu/kernels.h"
+#include "exact.h"
 
 using namespace anyprec;
 using namespace anyprec::cpu;
@@ -48,19 +45,6 @@ constexpr Case kCases[] = {
     {"W4A16 float M16", false, 0, 4, Method::kFloat, 16, kK, 0},
 };
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-template <typename T>
-std::unique_ptr<T[], Free> aligned(int64_t count) {
-  size_t bytes = (static_cast<size_t>(count) * sizeof(T) / 64 + 1) * 64;
-  auto* memory = static_cast<T*>(std::aligned_alloc(64, bytes));
-  if (memory == nullptr) throw std::bad_alloc();
-  std::memset(static_cast<void*>(memory), 0, bytes);
-  return std::unique_ptr<T[], Free>(memory);
-}
-
 }  // namespace
 
 // All that is counted.
@@ -80,12 +64,12 @@ namespace {
 void run(const Kernels& kernels, const Case& c) {
   std::mt19937 random(0);
   int64_t groups = kK / c.group;
-  auto x = aligned<float>(c.m * kK), scales = aligned<float>(kN * groups), out = aligned<float>(c.m * kN);
-  auto planes = aligned<uint32_t>(tiles(kN) * words(kK) * c.bits * kTile);
-  auto signs = aligned<uint32_t>(words(kK));
+  Exact<float> x(c.m * kK), scales(kN * groups), out(c.m * kN);
+  Exact<uint32_t> planes(tiles(kN) * words(kK) * c.bits * kTile), signs(words(kK));
   for (int64_t i = 0; i < c.m * kK; ++i) x[i] = static_cast<float>(random() % 2001) - 1000;
-  for (int64_t i = 0; i < kN * groups; ++i) scales[i] = 1;
-  for (int64_t i = 0; i < tiles(kN) * words(kK) * c.bits * kTile; ++i) planes[i] = random();
+  for (int64_t i = 0; i < scales.size(); ++i) scales[i] = 1;
+  for (int64_t i = 0; i < planes.size(); ++i) planes[i] = random();
+  for (int64_t i = 0; i < signs.size(); ++i) signs[i] = random();
 
   std::vector<Segment> segments(segment_count(kK, c.group));
   make_segments(kK, c.group, segments.data());
@@ -96,11 +80,11 @@ void run(const Kernels& kernels, const Case& c) {
   p.segments = segments.data();
   p.segment_count = static_cast<int64_t>(segments.size());
   p.row = row_layout(kK, p.segment_count, groups, c.act_bits, c.method);
-  auto workspace = aligned<uint8_t>(c.m * p.row.parts * p.row.bytes);
+  Exact<uint8_t> workspace(c.m * p.row.parts * p.row.bytes);
   p.workspace = workspace.get();
   p.out = out.get();
   p.out_dtype = DType::kF32;
-  auto scratch = aligned<uint8_t>(prologue_bytes(kK) + block_bytes(p));
+  Exact<uint8_t> scratch(prologue_bytes(kK) + block_bytes(p));
   measured(kernels, p, c.prologue, scratch.get());
 }
 

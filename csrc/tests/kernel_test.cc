@@ -12,6 +12,7 @@
 
 #include "../cpu/dispatch.h"
 #include "../cpu/kernels.h"
+#include "exact.h"
 
 using namespace anyprec;
 using namespace anyprec::cpu;
@@ -31,27 +32,6 @@ void check(bool ok, const std::string& what) {
   ++(ok ? passed : failed);
   if (!ok && failed <= 20) std::printf("FAILED %s\n", what.c_str());
 }
-
-// A block of its own on the heap, so that one byte too far is seen; 64 bytes aligned as XLA's are.
-template <typename T>
-class Exact {
- public:
-  explicit Exact(int64_t count)
-      : data_(static_cast<T*>(::operator new[](sizeof(T) * count, std::align_val_t{64}))),
-        count_(count) {
-    std::memset(static_cast<void*>(data_), 0xa5, sizeof(T) * count);  // no accidental zeros
-  }
-  ~Exact() { ::operator delete[](data_, std::align_val_t{64}); }
-  Exact(const Exact&) = delete;
-  T* get() const { return data_; }
-  T& operator[](int64_t i) { return data_[i]; }
-  const T& operator[](int64_t i) const { return data_[i]; }
-  int64_t size() const { return count_; }
-
- private:
-  T* data_;
-  int64_t count_;
-};
 
 struct Shape {
   int64_t m, n, k, group;
