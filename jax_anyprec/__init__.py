@@ -6,6 +6,7 @@ from typing import Any
 from ._native import Unavailable, status
 from .memory import Arena
 from .ops import int_matmul, matmul, quantize_activations
+from .quantization import Quantization
 from .quantize import quantize
 from .rotation import Rotation
 from .tensor import QuantizedTensor, concatenate
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Arena",
+    "Quantization",
     "QuantizedTensor",
     "Rotation",
     "Unavailable",

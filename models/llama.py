@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_anyprec.quantization import Quantization
+
+from .dense import make_linear
 from .projections import Projections
-from .quantization import Quantization, make_linear
 
 QUERY_BLOCK = 128
 """Tokens of a prompt that attention takes at once; the fewer, the less is computed in vain."""

@@ -15,10 +15,11 @@ from flax import nnx
 
 import jax_anyprec as ap
 from jax_anyprec.gguf import EXACT_TYPES, GGUFError, GGUFFile
+from jax_anyprec.quantization import Quantization
 
+from .dense import default_dtype, packed_embedding, packed_linear
 from .llama import Llama, LlamaConfig
 from .projections import merge_projections
-from .quantization import Quantization, default_dtype
 from .tokenizer import Tokenizer
 
 # GGUF tensor name -> path of the module whose weights it holds, and its shape in the file by the
@@ -282,14 +283,14 @@ def _load_layer(
             module.scale = nnx.Param(jnp.asarray(file.floats(name)))
         case nnx.Embed():
             if quantization is not None and exact:
-                return quantization.embedding(_packed(file, name), dtype)
+                return packed_embedding(quantization, _packed(file, name), dtype)
             module.embedding.set_value(jnp.asarray(file.floats(name), dtype))
         case nnx.Linear():
             if quantization is not None and quantization.weights is not None:
                 kernel = jnp.asarray(file.floats(name).T)
-                return quantization.linear(quantization.pack(kernel), dtype)
+                return packed_linear(quantization, quantization.pack(kernel), dtype)
             if quantization is not None and exact:
-                return quantization.linear(_packed(file, name), dtype)
+                return packed_linear(quantization, _packed(file, name), dtype)
             module.kernel.set_value(jnp.asarray(file.floats(name).T, dtype))
     return module
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 import jax_anyprec as ap
 
-from .quantization import make_linear
+from .dense import make_linear
 
 
 class Projections(nnx.Module):

@@ -1,4 +1,4 @@
-"""Flax Linen layers with packed weights: `QuantDense`."""
+"""`QuantDense`: `nn.Dense` with packed weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from . import ops
-from .quantize import quantize
-from .rotation import Rotation
-from .tensor import QuantizedTensor
+from .. import ops
+from ..quantize import quantize
+from ..rotation import Rotation
+from ..tensor import QuantizedTensor
 
 COLLECTION = "packed"
 """The variable collection of packed kernels; "params" keeps only what is trained."""

@@ -1,4 +1,4 @@
-"""The one switch between float and quantized layers of a model."""
+"""`Quantization`: how a dense layer is held and multiplied; rules, models and commands take it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
-import jax_anyprec as ap
+from .quantize import quantize
+from .rotation import Rotation
+from .tensor import QuantizedTensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """How a model's linear layers are held and multiplied. None in its place means float layers.
+    """How dense layers are held and multiplied. None in its place means float layers.
 
     Args:
       weights: bits of the weights, 1 to 8; or None to take them as a checkpoint stores them,
@@ -42,48 +42,19 @@ class Quantization:
                 "weights=None takes the checkpoint's own"
             )
 
-    def pack(self, kernel: jax.Array) -> ap.QuantizedTensor:
+    def pack(self, kernel: jax.Array) -> QuantizedTensor:
         """Quantize a float matrix ``float[K, N]`` to `weights` bits."""
         if self.weights is None:
             raise ValueError("Quantization.weights must be set (1 to 8) to quantize float weights")
-        return ap.quantize(
+        return quantize(
             kernel,
             self.weights,
             group_size=self.group_size,
             scales=self.scales or ("mse" if self.rotate else "absmax"),
-            rotation=ap.Rotation.for_size(kernel.shape[0]) if self.rotate else None,
+            rotation=Rotation.for_size(kernel.shape[0]) if self.rotate else None,
         )
 
-    def linear(self, weights: ap.QuantizedTensor, dtype: Any) -> ap.nnx.QuantLinear:
-        """The layer that multiplies by packed `weights`."""
-        return ap.nnx.QuantLinear.from_tensor(
-            weights.prepare(), activations=self.activations, act_scales=self.act_scales, dtype=dtype
-        )
-
-    def embedding(self, weights: ap.QuantizedTensor, dtype: Any) -> ap.nnx.QuantEmbed:
-        """The embedding that looks up, and multiplies by, packed `weights`."""
-        return ap.nnx.QuantEmbed.from_tensor(
-            weights.prepare(), activations=self.activations, dtype=dtype
-        )
-
-
-def make_linear(
-    features_in: int,
-    features_out: int,
-    *,
-    quantization: Quantization | None,
-    dtype: Any,
-    rngs: nnx.Rngs,
-) -> nnx.Linear | ap.nnx.QuantLinear:
-    """A linear layer without bias and with random weights, float or quantized."""
-    layer = nnx.Linear(
-        features_in, features_out, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
-    )
-    if quantization is None:
-        return layer
-    return quantization.linear(quantization.pack(layer.kernel.get_value()), dtype)
-
-
-def default_dtype() -> Any:
-    """The dtype to compute in: float32 on a CPU, bfloat16 elsewhere."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    @property
+    def layer_options(self) -> dict[str, Any]:
+        """Arguments that every packed layer takes: how it multiplies."""
+        return {"activations": self.activations, "act_scales": self.act_scales}

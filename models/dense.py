@@ -1,0 +1,52 @@
+"""Dense layers of a model, float or quantized: the one switch between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import jax_anyprec as ap
+from jax_anyprec.quantization import Quantization
+
+
+def packed_linear(
+    quantization: Quantization, weights: ap.QuantizedTensor, dtype: Any
+) -> ap.nnx.QuantLinear:
+    """The layer that multiplies by packed `weights`."""
+    return ap.nnx.QuantLinear.from_tensor(
+        weights.prepare(), dtype=dtype, **quantization.layer_options
+    )
+
+
+def packed_embedding(
+    quantization: Quantization, weights: ap.QuantizedTensor, dtype: Any
+) -> ap.nnx.QuantEmbed:
+    """The embedding that looks up, and multiplies by, packed `weights`."""
+    return ap.nnx.QuantEmbed.from_tensor(
+        weights.prepare(), activations=quantization.activations, dtype=dtype
+    )
+
+
+def make_linear(
+    features_in: int,
+    features_out: int,
+    *,
+    quantization: Quantization | None,
+    dtype: Any,
+    rngs: nnx.Rngs,
+) -> nnx.Linear | ap.nnx.QuantLinear:
+    """A linear layer without bias and with random weights, float or quantized."""
+    layer = nnx.Linear(
+        features_in, features_out, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
+    )
+    if quantization is None:
+        return layer
+    return packed_linear(quantization, quantization.pack(layer.kernel.get_value()), dtype)
+
+
+def default_dtype() -> Any:
+    """The dtype to compute in: float32 on a CPU, bfloat16 elsewhere."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
