@@ -1,8 +1,7 @@
-"""The public operations: they check their arguments, flatten batch axes and bind a primitive."""
+"""The public operations: they check their arguments and bind a primitive."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import jax
@@ -69,8 +68,8 @@ def matmul(
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if out_dtype.name not in SCALE_DTYPES:
         raise TypeError(f"out_dtype must be one of {SCALE_DTYPES}, got {out_dtype}")
-    y = primitive.matmul(
-        _flatten(x),
+    return primitive.matmul(
+        x,
         w.planes,
         w.scales,
         w.offsets,
@@ -83,7 +82,6 @@ def matmul(
         out_dtype=out_dtype,
         implementation=check_implementation(implementation, act_bits),
     )
-    return y.reshape(*x.shape[:-1], n)
 
 
 def quantize_activations(
@@ -115,15 +113,13 @@ def quantize_activations(
     k = x.shape[-1]
     group_size = check_group_size(group_size, k)
     check_rotation(rotation, k)
-    codes, scales = primitive.quantize_activations(
-        _flatten(x),
+    return primitive.quantize_activations(
+        x,
         bits=bits,
         group_size=group_size,
         rotation=rotation,
         implementation=check_implementation(implementation, bits),
     )
-    batch = x.shape[:-1]
-    return codes.reshape(*batch, k), scales.reshape(*batch, -1 if scales.size else scales.shape[-1])
 
 
 def int_matmul(
@@ -149,21 +145,19 @@ def int_matmul(
     act_bits = fmt.check_bits(act_bits, "act_bits")
     if not hasattr(codes, "dtype") or codes.dtype != jnp.uint8 or codes.ndim < 1:
         raise TypeError(f"codes must be a uint8 array, got {getattr(codes, 'dtype', type(codes))}")
-    k, n = w.shape
-    _check_last_axis("codes", codes.shape, k)
+    _check_last_axis("codes", codes.shape, w.k)
     if not reference.fits_int32(w.group_size, act_bits, w.bits):
         raise ValueError(
             f"group_size {w.group_size} is too long for int32 at {act_bits} x {w.bits} bits"
         )
-    out = primitive.int_matmul(
-        _flatten(jnp.asarray(codes)),
+    return primitive.int_matmul(
+        jnp.asarray(codes),
         w.planes,
         act_bits=act_bits,
         group_size=w.group_size,
         columns=w.columns,
         implementation=check_implementation(implementation, act_bits),
     )
-    return out.reshape(*codes.shape[:-1], n, w.groups)
 
 
 def check_implementation(implementation: Any, act_bits: int | None) -> str | None:
@@ -190,8 +184,3 @@ def _check_two_axes(w: QuantizedTensor) -> None:
 def _check_last_axis(name: str, shape: tuple[int, ...], k: int) -> None:
     if shape[-1] != k:
         raise ValueError(f"{name} must have {k} values in its last axis as w has, got {shape}")
-
-
-def _flatten(x: jax.Array) -> jax.Array:
-    """``[..., K]`` to ``[M, K]``, also where an axis has size 0."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

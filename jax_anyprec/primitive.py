@@ -1,14 +1,13 @@
-"""The JAX primitives: abstract evaluation, lowering, batching and differentiation.
+"""The JAX primitives: abstract evaluation, batching and differentiation.
 
-Operands are checked and flattened to two axes by `ops`; optional operands (offsets, bias) are
-absent, and the static parameters say which. Each primitive has one definition, in `reference`,
-which is also its lowering wherever no native one applies.
+Operands are checked by `ops`; optional operands (offsets, bias) are absent, and the static
+parameters say which. `partition` says how devices share an operation, `local` what one of them
+runs.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,23 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _native, choose, reference
 from . import format as fmt
-from ._compat import Primitive, ShapedArray, ad, batching, mlir
+from . import local, partition, reference
+from ._compat import Primitive, ShapedArray, ad, batching, mlir, needs_devices, varying_axes
 from .tensor import dequantize_rows, group_count
 
 Params = dict[str, Any]
 
 
 def quantize_activations(x: jax.Array, **params: Any) -> tuple[jax.Array, jax.Array]:
-    """``float[M, K]`` -> ``uint8[M, K]``, ``float32[M, groups]``."""
+    """``float[..., K]`` -> ``uint8[..., K]``, ``float32[..., groups]``."""
     codes, scales = quantize_activations_p.bind(x, **params)
     return codes, scales
 
 
 def int_matmul(codes: jax.Array, planes: jax.Array, **params: Any) -> jax.Array:
-    """``uint8[M, K]``, ``uint32[bits, N, words]`` -> ``int32[M, N, groups]``."""
-    return int_matmul_p.bind(codes, planes, **params)
+    """``uint8[..., K]``, ``uint32[bits, N, words]`` -> ``int32[..., N, groups]``."""
+    return int_matmul_p.bind(*_alike(codes, planes), **params)
 
 
 def matmul(
@@ -43,42 +42,52 @@ def matmul(
     bias: jax.Array | None,
     **params: Any,
 ) -> jax.Array:
-    """``float[M, K]`` and a packed ``[K, N]`` -> ``[M, N]`` in `out_dtype`.
+    """``float[..., K]`` and a packed ``[K, N]`` -> ``[..., N]`` in `out_dtype`.
 
     The packed operands are planes, or with ``columns=N`` those of a prepared tensor.
     """
     optional = [v for v in (offsets, bias) if v is not None]
     flags = {"has_offsets": offsets is not None, "has_bias": bias is not None}
-    return matmul_p.bind(x, planes, scales, *optional, **flags, **params)
+    return matmul_p.bind(*_alike(x, planes, scales, *optional), **flags, **params)
 
 
-# --- definitions in plain XLA ---
+def _alike(*operands: jax.Array) -> list[jax.Array]:
+    """Operands that all vary over the mesh axes of a shard_map that any of them varies over.
+
+    So derivatives of those that did not are summed over these axes.
+    """
+    axes = [varying_axes(x) for x in operands]
+    missing = [frozenset().union(*axes) - own for own in axes]
+    return [
+        jax.lax.pcast(x, tuple(sorted(names)), to="varying") if names else x
+        for x, names in zip(operands, missing, strict=True)
+    ]
 
 
-def _quantize_reference(x: jax.Array, **p: Any) -> tuple[jax.Array, jax.Array]:
-    return reference.quantize_activations(x, **_without(p, "implementation"))
+# --- lowering ---
 
 
-def _int_matmul_reference(codes: jax.Array, planes: jax.Array, **p: Any) -> jax.Array:
-    planes, _, _ = _in_planes(planes, None, None, p["columns"])
-    return reference.int_matmul(codes, planes, **_without(p, "implementation", "columns"))
+def _quantize(x: jax.Array, *, rotation: Any, **p: Any) -> tuple[jax.Array, jax.Array]:
+    signs, block = _sign_words(rotation, x.shape[-1])
+    return partition.quantize_activations(x, signs, block=block, **p)
 
 
-def _matmul_reference(*operands: jax.Array, **p: Any) -> jax.Array:
-    dropped = ("implementation", "has_offsets", "has_bias", "columns")
-    x, planes, scales, offsets, bias = _fill(operands, p)
-    planes, scales, offsets = _in_planes(planes, scales, offsets, p["columns"])
-    return reference.matmul(x, planes, scales, offsets, bias, **_without(p, *dropped))
+def _int_matmul(codes: jax.Array, planes: jax.Array, **p: Any) -> jax.Array:
+    return partition.int_matmul(codes, planes, **p)
 
 
-def _in_planes(planes: Any, scales: Any, offsets: Any, columns: int | None) -> tuple[Any, Any, Any]:
-    """Planes, scales and offsets (or None) of a tensor that may be prepared."""
-    if columns is None:
-        return planes, scales, offsets
-    scales, offsets = (
-        None if x is None else fmt.untile_groups(x, columns) for x in (scales, offsets)
-    )
-    return fmt.untile_planes(planes, columns), scales, offsets
+def _matmul(*operands: jax.Array, rotation: Any, **p: Any) -> jax.Array:
+    x, planes, scales, offsets, bias = _fill(operands, p, local.absent())
+    signs, block = _sign_words(rotation, x.shape[-1])
+    params = _without(p, "has_offsets", "has_bias")
+    return partition.matmul(x, planes, scales, offsets, bias, signs, block=block, **params)
+
+
+def _sign_words(rotation: Any, k: int) -> tuple[jax.Array, int]:
+    """Operand and parameter that carry a rotation: packed signs and block, or nothing and 0."""
+    if rotation is None:
+        return local.absent(np.uint32), 0
+    return jnp.asarray(rotation.sign_words(k)), rotation.block
 
 
 def _without(params: Params, *names: str) -> Params:
@@ -93,93 +102,56 @@ def _fill(operands: tuple[Any, ...], params: Params, missing: Any = None) -> lis
     return [*operands[:3], offsets, bias]
 
 
-# --- native definitions: one XLA custom call each ---
-
-
-def _sign_words(rotation: Any, k: int) -> tuple[np.ndarray, int]:
-    """Operand and attribute that carry a rotation: packed signs and block, or nothing and 0."""
-    if rotation is None:
-        return np.zeros(0, np.uint32), 0
-    return rotation.sign_words(k), rotation.block
-
-
-def _quantize_cpu(x: jax.Array, **p: Any) -> tuple[jax.Array, jax.Array]:
-    m, k = x.shape
-    signs, block = _sign_words(p["rotation"], k)
-    results = (
-        jax.ShapeDtypeStruct((m, k), jnp.uint8),
-        jax.ShapeDtypeStruct((m, group_count(k, p["group_size"])), jnp.float32),
-    )
-    call = jax.ffi.ffi_call("jax_anyprec_cpu_quantize", results)
-    codes, scales = call(x, signs, act_bits=p["bits"], block=block)
-    return codes, scales
-
-
-def _int_matmul_cpu(codes: jax.Array, planes: jax.Array, **p: Any) -> jax.Array:
-    module = _native.cpu().module
-    act_bits, group_size = p["act_bits"], p["group_size"]
-    method = _method(p, codes, planes)
-    (m, k), n = codes.shape, _columns(planes, p)
-    groups = group_count(k, group_size)
-    row = module.workspace_row_bytes(k, group_size, group_size, act_bits, method)
-    results = (
-        jax.ShapeDtypeStruct((m, n, groups), jnp.int32),
-        jax.ShapeDtypeStruct((m, row), jnp.uint8),
-    )
-    call = jax.ffi.ffi_call("jax_anyprec_cpu_int_matmul", results)
-    return call(codes, planes, act_bits=act_bits, group_size=group_size, method=method)[0]
-
-
-def _matmul_cpu(*operands: jax.Array, **p: Any) -> jax.Array:
-    absent = np.zeros(0, np.float32)
-    x, planes, scales, offsets, bias = _fill(operands, p, absent)
-    m, k = x.shape
-    signs, block = _sign_words(p["rotation"], k)
-    act_bits = p["act_bits"] or 0
-    method = _method(p, x, planes)
-    row = _native.cpu().module.workspace_row_bytes(
-        k, p["group_size"], p["act_group_size"], act_bits, method
-    )
-    results = (
-        jax.ShapeDtypeStruct((m, _columns(planes, p)), p["out_dtype"]),
-        jax.ShapeDtypeStruct((m, row), jnp.uint8),  # scratch for the quantized activations
-    )
-    call = jax.ffi.ffi_call("jax_anyprec_cpu_matmul", results)
-    return call(
-        x, planes, scales, offsets, bias, signs,
-        act_bits=act_bits, group_size=p["group_size"], act_group_size=p["act_group_size"],
-        block=block, method=method,
-    )[0]  # fmt: skip
-
-
-def _method(p: Params, x: jax.Array, planes: jax.Array) -> str:
-    isa = _native.cpu().module.isa()
-    rows = x.shape[0] if isinstance(x.shape[0], int) else None  # a symbolic size is not
-    bits = planes.shape[0 if p["columns"] is None else 2]
-    return choose.cpu_method(p["act_bits"], bits, rows, isa, p["implementation"] or "").method
-
-
-def _columns(planes: Any, p: Params) -> int:
-    """N, the columns of the result."""
-    return planes.shape[1] if p["columns"] is None else p["columns"]
-
-
 # --- abstract evaluation ---
 
 
+def _typed(
+    rule: partition.Rule, operands: tuple[Any, ...], results: list[tuple[Any, Any]]
+) -> list[ShapedArray]:
+    """Results of these shapes and dtypes, cut over a mesh with explicit axes as operands are."""
+    meshes = [x.sharding.mesh for x in operands if not x.sharding.mesh.empty]
+    if not meshes:
+        return [ShapedArray(shape, np.dtype(dtype)) for shape, dtype in results]
+    like = next(x for x in operands if not x.sharding.mesh.empty)
+    specs = [x.sharding.spec for x in operands]
+    chosen = partition.assign(rule, specs, meshes[0].shape.__getitem__)
+    return [
+        like.update(
+            shape=shape,
+            dtype=np.dtype(dtype),
+            weak_type=False,
+            sharding=like.sharding.update(spec=spec),
+        )
+        for (shape, dtype), spec in zip(
+            results, partition.specs_of(rule.results, chosen), strict=True
+        )
+    ]
+
+
 def _quantize_abstract(x: ShapedArray, **p: Any) -> list[ShapedArray]:
-    m, k = x.shape
-    groups = group_count(k, p["group_size"])
-    return [ShapedArray((m, k), np.dtype(np.uint8)), ShapedArray((m, groups), np.dtype(np.float32))]
+    shape = (*x.shape[:-1], group_count(x.shape[-1], p["group_size"]))
+    rotation = p["rotation"]
+    rule = partition.quantize_rule(x, {}, {**p, "block": rotation.block if rotation else 0})
+    return _typed(rule, (x,), [(x.shape, np.uint8), (shape, np.float32)])
 
 
 def _int_matmul_abstract(codes: ShapedArray, planes: ShapedArray, **p: Any) -> ShapedArray:
-    groups = group_count(codes.shape[1], p["group_size"])
-    return ShapedArray((codes.shape[0], _columns(planes, p), groups), np.dtype(np.int32))
+    groups = group_count(codes.shape[-1], p["group_size"])
+    shape = (*codes.shape[:-1], local.output_columns(planes, p["columns"]), groups)
+    rule = partition.int_matmul_rule(codes, planes, p)
+    return _typed(rule, (codes, planes), [(shape, np.int32)])[0]
 
 
-def _matmul_abstract(x: ShapedArray, planes: ShapedArray, *_: ShapedArray, **p: Any) -> ShapedArray:
-    return ShapedArray((x.shape[0], _columns(planes, p)), p["out_dtype"])
+def _matmul_abstract(*operands: ShapedArray, **p: Any) -> ShapedArray:
+    x, planes, scales, offsets, bias = _fill(operands, p)
+    shape = (*x.shape[:-1], local.output_columns(planes, p["columns"]))
+    optional = {
+        name: value for name, value in (("offsets", offsets), ("bias", bias)) if value is not None
+    }
+    rotation = p["rotation"]
+    params = {**p, "block": rotation.block if rotation else 0}
+    rule = partition.matmul_rule(x, planes, scales, optional, params)
+    return _typed(rule, operands, [(shape, p["out_dtype"])])[0]
 
 
 # --- batching ---
@@ -188,15 +160,11 @@ def _matmul_abstract(x: ShapedArray, planes: ShapedArray, *_: ShapedArray, **p: 
 def _batch(
     primitive: Primitive, batched: tuple[Any, ...], dims: tuple[Any, ...], **p: Any
 ) -> tuple[Any, Any]:
-    """A batch over the activations alone folds into M; any other is a loop over products."""
+    """A batch over the activations alone is one more axis of theirs; any other is a loop."""
     only_x = dims[0] is not None and all(d is None for d in dims[1:])
     front = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(batched, dims, strict=True)]
     if only_x:
-        x = front[0]
-        flat = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
-        out = primitive.bind(flat, *front[1:], **p)
-        split = lambda y: y.reshape(*x.shape[:2], *y.shape[1:])  # noqa: E731
-        out = jax.tree.map(split, out)
+        out = primitive.bind(*front, **p)
     else:
         mapped = [x for x, d in zip(front, dims, strict=True) if d is not None]
 
@@ -230,7 +198,7 @@ def _matmul_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], **p: Any) -
             dm = None
         else:
             dm = offsets_dot if _nonzero(offsets_dot) else jnp.zeros_like(offsets)
-        rows_dot = dequantize_rows(*_in_planes(planes, ds, dm, p["columns"]), x.shape[-1])
+        rows_dot = dequantize_rows(*local.in_planes(planes, ds, dm, p["columns"]), x.shape[-1])
         term = reference.dot_rows(_seen_activations(x, p), rows_dot)
         terms.append(term.astype(p["out_dtype"]))
     if _nonzero(bias_dot):
@@ -245,13 +213,13 @@ def _nonzero(tangent: Any) -> bool:
 
 
 def _seen_activations(x: jax.Array, p: Params) -> jax.Array:
-    """Activations as the product sees them, ``float32[M, K]``: rotated, quantized, dequantized."""
+    """Activations as the product sees them, ``float32[..., K]``: rotated, rounded."""
     rotated = reference.rotate(x, p["rotation"])
     if p["act_bits"] is None:
         return rotated
     group_size = p["act_group_size"]
     codes, scales = reference.quantize_activations(
-        x, bits=p["act_bits"], group_size=group_size, rotation=p["rotation"]
+        rotated, bits=p["act_bits"], group_size=group_size, rotation=None
     )
     q = fmt.act_codes_to_ints(codes, p["act_bits"]).astype(jnp.float32)
     grouped = q.reshape(*scales.shape, group_size)
@@ -271,7 +239,7 @@ def _matmul_transpose(ct: Any, x: Any, planes: Any, scales: Any, *rest: Any, **p
         return [ad.Zero(x.aval), *others]
     k = x.aval.shape[-1]
     offsets = rest[0] if p["has_offsets"] else None
-    rows = dequantize_rows(*_in_planes(planes, scales, offsets, p["columns"]), k)
+    rows = dequantize_rows(*local.in_planes(planes, scales, offsets, p["columns"]), k)
     x_ct = jnp.matmul(ct.astype(jnp.float32), rows, precision="highest")
     if p["rotation"] is not None:
         x_ct = p["rotation"].invert(x_ct)
@@ -281,44 +249,17 @@ def _matmul_transpose(ct: Any, x: Any, planes: Any, scales: Any, *rest: Any, **p
 # --- putting a primitive together ---
 
 
-def _lower_with(run_cpu: Callable[..., Any], run_xla: Callable[..., Any]) -> tuple[Any, Any]:
-    """Lowering functions for the CPU and for every other platform."""
-
-    def on_cpu(*operands: Any, **p: Any) -> Any:
-        implementation = p["implementation"]
-        backend = _native.cpu()
-        if implementation is None and backend.module is None:
-            warnings.warn(
-                f"jax_anyprec runs in plain XLA, which is slow: {backend.reason}", stacklevel=2
-            )
-        if implementation == "xla" or (implementation is None and backend.module is None):
-            return run_xla(*operands, **p)
-        return run_cpu(*operands, **p)
-
-    def elsewhere(*operands: Any, **p: Any) -> Any:
-        if p["implementation"] not in (None, "xla"):
-            raise _native.Unavailable(
-                f"implementation={p['implementation']!r} runs on CPU devices only"
-            )
-        return run_xla(*operands, **p)
-
-    return on_cpu, elsewhere
-
-
 def _define(
     name: str,
     abstract: Callable[..., Any],
-    run_cpu: Callable[..., Any],
-    run_xla: Callable[..., Any],
+    run: Callable[..., Any],
     multiple_results: bool = False,
 ) -> Primitive:
     primitive = Primitive(f"jax_anyprec_{name}")
     primitive.multiple_results = multiple_results
     primitive.def_abstract_eval(abstract)
-    on_cpu, elsewhere = _lower_with(run_cpu, run_xla)
-    lower = functools.partial(mlir.lower_fun, multiple_results=multiple_results)
-    mlir.register_lowering(primitive, lower(on_cpu), platform="cpu")
-    mlir.register_lowering(primitive, lower(elsewhere))
+    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=multiple_results))
+    needs_devices(primitive)  # because the partitioner does
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
 
     @functools.lru_cache(maxsize=512)
@@ -334,10 +275,8 @@ def _define(
     return primitive
 
 
-quantize_activations_p = _define(
-    "quantize", _quantize_abstract, _quantize_cpu, _quantize_reference, multiple_results=True
-)
-int_matmul_p = _define("int_matmul", _int_matmul_abstract, _int_matmul_cpu, _int_matmul_reference)
-matmul_p = _define("matmul", _matmul_abstract, _matmul_cpu, _matmul_reference)
+quantize_activations_p = _define("quantize", _quantize_abstract, _quantize, multiple_results=True)
+int_matmul_p = _define("int_matmul", _int_matmul_abstract, _int_matmul)
+matmul_p = _define("matmul", _matmul_abstract, _matmul)
 ad.primitive_jvps[matmul_p] = _matmul_jvp
 ad.primitive_transposes[matmul_p] = _matmul_transpose

@@ -21,18 +21,27 @@ def fits_int32(group_size: int, act_bits: int, weight_bits: int) -> bool:
 
 
 def rotate(x: jax.Array, rotation: Rotation | None) -> jax.Array:
-    """``float32[M, K]``, rotated if a rotation is given."""
+    """``float32[..., K]``, rotated if a rotation is given."""
     return x.astype(jnp.float32) if rotation is None else rotation.apply(x)
 
 
 def quantize_activations(
-    x: jax.Array, *, bits: int, group_size: int, rotation: Rotation | None
+    x: jax.Array,
+    *,
+    bits: int,
+    group_size: int,
+    rotation: Rotation | None,
+    peaks: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """``float[M, K]`` to codes ``uint8[M, K]`` and scales ``float32[M, K / group_size]``."""
-    m, k = x.shape
-    grouped = rotate(x, rotation).reshape(m, group_count(k, group_size), group_size)
-    scales = absmax_scales(grouped, fmt.act_max_level(bits))
-    return fmt.act_encode(grouped, scales[..., None], bits).reshape(m, k), scales
+    """``float[..., K]`` to codes ``uint8[..., K]`` and scales ``float32[..., K / group_size]``.
+
+    With `peaks`, ``float32[...]``, the one scale of a token is for that largest magnitude.
+    """
+    groups = group_count(x.shape[-1], group_size)
+    grouped = rotate(x, rotation).reshape(*x.shape[:-1], groups, group_size)
+    seen = grouped if peaks is None else peaks[..., None, None]
+    scales = absmax_scales(seen, fmt.act_max_level(bits))
+    return fmt.act_encode(grouped, scales[..., None], bits).reshape(x.shape), scales
 
 
 def int_matmul(codes: jax.Array, planes: jax.Array, *, act_bits: int, group_size: int) -> jax.Array:
@@ -52,6 +61,7 @@ def matmul(
     group_size: int,
     rotation: Rotation | None,
     out_dtype: Any,
+    peaks: jax.Array | None = None,
 ) -> jax.Array:
     """``x @ W + bias`` in `out_dtype` ``[M, N]``, where W is the tensor of the packed fields."""
     if act_bits is None:
@@ -59,7 +69,7 @@ def matmul(
         y = dot_rows(rotate(x, rotation), rows)
     else:
         codes, act_scales = quantize_activations(
-            x, bits=act_bits, group_size=act_group_size, rotation=rotation
+            x, bits=act_bits, group_size=act_group_size, rotation=rotation, peaks=peaks
         )
         y = _scaled_product(codes, act_scales, planes, scales, offsets, act_bits, group_size)
     if bias is not None:
@@ -68,10 +78,9 @@ def matmul(
 
 
 def dot_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """``x[M, K] @ rows[N, K].T`` in full float32."""
-    return jax.lax.dot_general(
-        x, rows, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
-    )
+    """``x[..., K] @ rows[N, K].T`` in full float32."""
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, rows, contract, precision=jax.lax.Precision.HIGHEST)
 
 
 def _scaled_product(

@@ -70,8 +70,8 @@ inline float largest_magnitude(const float* x, int64_t n) {
 }
 
 // absmax / act_max_level; 0 if too small, NaN if too large or not finite.
-inline float absmax_scale(const float* x, int64_t n, int bits) {
-  float scale = largest_magnitude(x, n) * static_cast<float>(1.0 / act_max_level(bits));
+inline float absmax_scale(float absmax, int bits) {
+  float scale = absmax * static_cast<float>(1.0 / act_max_level(bits));
   if (!(scale <= kMaxScale)) return __builtin_nanf("");
   return scale >= kMinScale ? scale : 0.0f;
 }
@@ -95,13 +95,15 @@ inline void encode(const float* x, int64_t n, float scale, int bits, uint8_t* co
   }
 }
 
-inline void quantize_row(const Activations& a, const float* row, uint8_t* codes, float* scales) {
+inline void quantize_row(const Activations& a, int64_t m, const float* row, uint8_t* codes,
+                         float* scales) {
   if (a.k == 0) {
     scales[0] = 0;
     return;
   }
   for (int64_t begin = 0, g = 0; begin < a.k; begin += a.group_size, ++g) {
-    scales[g] = absmax_scale(row + begin, a.group_size, a.bits);
+    float own = a.peaks == nullptr ? largest_magnitude(row + begin, a.group_size) : a.peaks[m];
+    scales[g] = absmax_scale(own, a.bits);
     if (a.bits < kZeroBits) {
       encode<false>(row + begin, a.group_size, scales[g], a.bits, codes + begin);
     } else {
@@ -201,7 +203,7 @@ void prologue(const Product& p, int64_t m, uint8_t* scratch) {
   load_rotated_row(a, m, row);
   if (p.method == Method::kFloat) return digits_of_row(p, m, row, codes);
   float* scales = in_part<float>(p, m, p.row.scales);
-  quantize_row(a, row, codes, scales);
+  quantize_row(a, m, row, codes, scales);
   if (p.method == Method::kCodes && act_unit(a.bits) != 1) {
     int64_t groups = a.k == 0 ? 1 : a.k / a.group_size;
     for (int64_t g = 0; g < groups; ++g) scales[g] *= static_cast<float>(act_unit(a.bits));
@@ -214,7 +216,7 @@ void prologue_codes(const Product& p, int64_t m, uint8_t* codes) { store_codes(p
 void quantize(const Activations& a, int64_t m, uint8_t* scratch, uint8_t* codes, float* scales) {
   float* row = reinterpret_cast<float*>(scratch);
   load_rotated_row(a, m, row);
-  quantize_row(a, row, codes, scales);
+  quantize_row(a, m, row, codes, scales);
 }
 
 }  // namespace

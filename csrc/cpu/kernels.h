@@ -45,6 +45,7 @@ struct Activations {
   int64_t group_size;      // values that share an activation scale
   int64_t block;           // Hadamard block, 0 for no rotation
   const uint32_t* signs;   // [words(k)], a set bit is -1
+  const float* peaks;      // [m] largest magnitudes to scale by, or null for each row's own
 };
 
 struct Matrix {

@@ -98,7 +98,7 @@ Activations read_activations(const ffi::AnyBuffer& x, int64_t bits, int64_t grou
           "rotation signs must be uint32[words]");
   return {x.untyped_data(),     float_type(x.element_type()), x.dimensions()[0], k,
           static_cast<int>(bits), group_size, block,
-          static_cast<const uint32_t*>(signs.untyped_data())};
+          static_cast<const uint32_t*>(signs.untyped_data()), nullptr};
 }
 
 // Planes [bits][N][words], or tiles [tiles(N)][words][bits][kTile] of a prepared tensor.
@@ -244,7 +244,7 @@ ffi::Error int_matmul(ffi::ThreadPool pool, ffi::AnyBuffer codes, ffi::AnyBuffer
 
 ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer planes,
                   ffi::AnyBuffer scales, ffi::AnyBuffer offsets, ffi::AnyBuffer bias,
-                  ffi::AnyBuffer signs, ffi::Result<ffi::AnyBuffer> out,
+                  ffi::AnyBuffer signs, ffi::AnyBuffer peaks, ffi::Result<ffi::AnyBuffer> out,
                   ffi::Result<ffi::AnyBuffer> workspace, int64_t act_bits, int64_t group_size,
                   int64_t act_group_size, int64_t block, std::string_view method) {
   return guarded([&] {
@@ -254,6 +254,13 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer planes,
     require((p.act.bits == 0) == (p.method == Method::kFloat), "method does not fit the bits");
     require(act_group_size == group_size || act_group_size == p.act.k,
             "activation groups must be the weights' or one a token");
+    // Absent peaks have no elements, and so have those of no rows.
+    if (peaks.element_count() > 0) {
+      require(peaks.element_type() == ffi::DataType::F32 && has_shape(peaks, {p.act.m}) &&
+                  act_group_size == p.act.k,
+              "peaks must be float32[M], for one scale a token");
+      p.act.peaks = static_cast<const float*>(peaks.untyped_data());
+    }
     require(out->dimensions().size() == 2, "result must have two axes");
     p.w = read_planes(planes, out->dimensions()[1], p.act.k);
     p.w.groups = group_count(p.act.k, group_size);
@@ -310,6 +317,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(IntMatmulHandler, int_matmul,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MatmulHandler, matmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

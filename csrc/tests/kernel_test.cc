@@ -322,7 +322,7 @@ void test_quantizer(const Kernels& kernels, int64_t k, int64_t group, int64_t bl
   }
   Exact<uint32_t> signs(words(k));
   for (int64_t i = 0; i < signs.size(); ++i) signs[i] = random();
-  Activations a{x.get(), DType::kF32, 2 * kEdges, k, bits, group, block, signs.get()};
+  Activations a{x.get(), DType::kF32, 2 * kEdges, k, bits, group, block, signs.get(), nullptr};
   bool ok = true;
   for (int64_t m = 0; m < a.m; ++m) {
     Exact<uint8_t> scratch(prologue_bytes(k));
