@@ -68,6 +68,19 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by the names that weight maps use."""
+        return {
+            "layers": self.num_layers,
+            "vocab": self.vocab_size,
+            "hidden": self.hidden_size,
+            "inner": self.intermediate_size,
+            "query": self.num_heads * self.head_dim,
+            "key": self.num_kv_heads * self.head_dim,
+            "head": self.head_dim,
+        }
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
