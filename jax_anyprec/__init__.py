@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from ._native import Unavailable, status
+from .fake_quant import fake_quant, fake_quant_matmul
 from .memory import Arena
 from .ops import int_matmul, matmul, quantize_activations
 from .quantization import Quantization
@@ -20,6 +21,8 @@ __all__ = [
     "Rotation",
     "Unavailable",
     "concatenate",
+    "fake_quant",
+    "fake_quant_matmul",
     "int_matmul",
     "linen",
     "matmul",

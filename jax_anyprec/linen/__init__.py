@@ -1,5 +1,7 @@
-"""Flax Linen layers with packed weights."""
+"""Flax Linen layers with packed weights, and those in training for them."""
 
 from .dense import COLLECTION, QuantDense
+from .lora import LORA, LoRADense
+from .qat import FakeQuantDense
 
-__all__ = ["COLLECTION", "QuantDense"]
+__all__ = ["COLLECTION", "LORA", "FakeQuantDense", "LoRADense", "QuantDense"]
