@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from ._native import Unavailable, status
+from ._native import CUSTOM_CALLS, Unavailable, register_custom_calls, status
 from .fake_quant import fake_quant, fake_quant_matmul
 from .memory import Arena
 from .ops import int_matmul, matmul, quantize_activations
@@ -15,6 +15,7 @@ from .tensor import QuantizedTensor, concatenate
 __version__ = "0.1.0"
 
 __all__ = [
+    "CUSTOM_CALLS",
     "Arena",
     "Quantization",
     "QuantizedTensor",
@@ -29,6 +30,7 @@ __all__ = [
     "nnx",
     "quantize",
     "quantize_activations",
+    "register_custom_calls",
     "status",
 ]
 
