@@ -82,6 +82,11 @@ class Product:
         k, n = (math.prod(_shape(part, sizes)) for part in (self.contracted, self.features))
         return (*_shape(self.batch, sizes), k, n)
 
+    def matrices(self, weight: Any) -> jax.Array:
+        """The weight as ``[batch..., K, N]``."""
+        shape = self.packed_shape(weight.shape)
+        return _permute(weight, self.weight, self.packed).reshape(shape)
+
     def expand(self, ndim: int) -> Product:
         """The same product with letters in the place of an ellipsis, for an x of `ndim` axes."""
         named = self.x.replace(ELLIPSIS, "")
@@ -233,25 +238,29 @@ def pack_einsum(
       quantization: how; its `weights` must be set.
       stacked: leading axes of stacked layers, which are mapped or scanned over.
     """
-    if stacked:
-        return _stack(
-            [
-                pack_einsum(
-                    spec, w, quantization, stacked=stacked - 1, weight_operand=weight_operand
-                )
-                for w in weight
-            ]
-        )
     product = parse(spec, weight_operand)
-    shape = product.packed_shape(weight.shape)
-    return pack(_permute(weight, product.weight, product.packed).reshape(shape), quantization)
+
+    def one(weight: Any) -> QuantizedTensor:
+        return pack(product.matrices(weight), quantization)
+
+    return over_stack(one, weight, stacked)
 
 
-def pack(weights: Any, quantization: Quantization) -> QuantizedTensor:
-    """Quantize matrices ``float[..., K, N]`` one by one, with the working memory of one."""
-    if weights.ndim == 2:
-        return quantization.pack(weights)
-    return _stack([pack(w, quantization) for w in weights])
+def pack(matrices: Any, quantization: Quantization) -> QuantizedTensor:
+    """Quantize ``float[..., K, N]`` matrix by matrix, with the working memory of one."""
+    return over_stack(quantization.pack, matrices, matrices.ndim - 2)
+
+
+def over_stack(
+    function: Callable[[Any], QuantizedTensor], weight: Any, stacked: int
+) -> QuantizedTensor:
+    """`function` of each element along `stacked` leading axes, one after another, stacked again."""
+    if stacked == 0:
+        return function(weight)
+    parts = [over_stack(function, part, stacked - 1) for part in weight]
+    if not parts:
+        raise ValueError("a stack of weights must have at least one layer, got none")
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
 
 def unpack_einsum(
@@ -275,9 +284,3 @@ def _shape(indices: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 def _permute(x: Any, indices: str, order: str) -> jax.Array:
     """`x`, whose axes are `indices`, with its axes in another order of the same indices."""
     return jnp.transpose(x, [indices.index(i) for i in order])
-
-
-def _stack(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
-    if not parts:
-        raise ValueError("a stack of weights must have at least one layer, got none")
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
