@@ -4,9 +4,11 @@ import importlib
 from typing import Any
 
 from ._native import CUSTOM_CALLS, Unavailable, register_custom_calls, status
+from .convert import plan, quantize_model
 from .fake_quant import fake_quant, fake_quant_matmul
 from .memory import Arena
 from .ops import int_matmul, matmul, quantize_activations
+from .plan import Plan
 from .quantization import Quantization
 from .quantize import quantize
 from .rotation import Rotation
@@ -17,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CUSTOM_CALLS",
     "Arena",
+    "Plan",
     "Quantization",
     "QuantizedTensor",
     "Rotation",
@@ -28,8 +31,10 @@ __all__ = [
     "linen",
     "matmul",
     "nnx",
+    "plan",
     "quantize",
     "quantize_activations",
+    "quantize_model",
     "register_custom_calls",
     "status",
 ]
