@@ -10,11 +10,13 @@ from flax import nnx
 
 from jax_anyprec.quantization import Quantization
 
+from . import llama_huggingface
 from .dense import default_dtype
 from .huggingface import FLOAT_TYPES, Architecture, Folder, HuggingFaceError
 from .loading import LoadedModel, Progress, Weight, check_tensors, fill
+from .tokenizer_huggingface import load_tokenizer
 
-ARCHITECTURES: dict[str, Architecture] = {}
+ARCHITECTURES: dict[str, Architecture] = {**llama_huggingface.ARCHITECTURES}
 """By `model_type` of config.json."""
 
 
@@ -63,12 +65,13 @@ def load_huggingface(
         raise
     except ValueError as error:
         raise HuggingFaceError(f"{folder.config.where}: {error}") from None
+    tokenizer = load_tokenizer(folder)
     weights = choose_weights(folder, architecture, config)
     dtype = default_dtype() if dtype is None else dtype
     # The abstract model has shapes and no weights; each is put in place as it is read.
     model = nnx.eval_shape(lambda: architecture.model(config, dtype=dtype, rngs=nnx.Rngs(0)))
     fill(model, weights, folder, quantization=quantization, dtype=dtype, progress=progress)
-    return LoadedModel(model, config, quantization, folder.name, None)
+    return LoadedModel(model, config, quantization, folder.name, tokenizer)
 
 
 def choose_weights(folder: Folder, architecture: Architecture, config: Any) -> dict[str, Weight]:
