@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CUSTOM_CALLS",
     "Arena",
+    "CheckpointError",
     "Plan",
     "Quantization",
     "QuantizedTensor",
@@ -29,6 +30,8 @@ __all__ = [
     "fake_quant_matmul",
     "int_matmul",
     "linen",
+    "load",
+    "load_into",
     "matmul",
     "nnx",
     "plan",
@@ -36,12 +39,15 @@ __all__ = [
     "quantize_activations",
     "quantize_model",
     "register_custom_calls",
+    "save",
     "status",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # Layers import Flax, so they load on first use.
+    # Layers and checkpoints import Flax, so they load on first use.
     if name in ("linen", "nnx"):
         return importlib.import_module(f".{name}", __name__)
+    if name in ("CheckpointError", "load", "load_into", "save"):
+        return getattr(importlib.import_module(".checkpoint", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
