@@ -10,13 +10,17 @@ from flax import nnx
 
 from jax_anyprec.quantization import Quantization
 
-from . import llama_huggingface
+from . import bert_huggingface, gpt2_huggingface, llama_huggingface
 from .dense import default_dtype
 from .huggingface import FLOAT_TYPES, Architecture, Folder, HuggingFaceError
 from .loading import LoadedModel, Progress, Weight, check_tensors, fill
 from .tokenizer_huggingface import load_tokenizer
 
-ARCHITECTURES: dict[str, Architecture] = {**llama_huggingface.ARCHITECTURES}
+ARCHITECTURES: dict[str, Architecture] = {
+    **llama_huggingface.ARCHITECTURES,
+    **gpt2_huggingface.ARCHITECTURES,
+    **bert_huggingface.ARCHITECTURES,
+}
 """By `model_type` of config.json."""
 
 

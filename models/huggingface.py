@@ -27,6 +27,8 @@ MAX_JSON_BYTES = {
     "generation_config.json": 2**20,
     "tokenizer_config.json": 2**24,
     "model.safetensors.index.json": 2**26,
+    "sentence_bert_config.json": 2**20,
+    "1_Pooling/config.json": 2**20,
 }
 """What is read of a folder's JSON files; far more than real ones have."""
 
