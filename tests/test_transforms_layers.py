@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from operations import DIFFERENTIABLE, OPERATIONS, M, N, Operation, at, close, stack
+from flax import nnx
+from operations import DIFFERENTIABLE, GROUP, OPERATIONS, M, N, Operation, at, close, stack
 
 import jax_anyprec as ap
 
@@ -262,3 +265,177 @@ def test_threads(name: str) -> None:
                 pool.map(lambda x: run(x, op.weights), xs), expected, strict=True
             ):
                 jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+# --- Flax: transforms of modules ---
+
+LAYERS, WIDTH = 3, 64
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(2).normal(size=shape).astype(np.float32)
+
+
+@functools.cache
+def tensors() -> ap.QuantizedTensor:
+    """One packed matrix for each of LAYERS, prepared."""
+    return ap.quantize(normal(LAYERS, WIDTH, WIDTH) / 8, 4, group_size=GROUP).prepare()
+
+
+def linears() -> tuple[ap.nnx.QuantLinear, list[ap.nnx.QuantLinear]]:
+    """LAYERS layers as one module with stacked variables, and one by one."""
+
+    @nnx.vmap
+    def make(w: ap.QuantizedTensor, bias: Any) -> ap.nnx.QuantLinear:
+        return ap.nnx.QuantLinear.from_tensor(w, bias=bias, activations=8)
+
+    w, biases = tensors(), normal(LAYERS, WIDTH)
+    one = lambda i: ap.nnx.QuantLinear.from_tensor(  # noqa: E731
+        at(w, i), bias=jnp.asarray(biases[i]), activations=8
+    )
+    return make(w, biases), [one(i) for i in range(LAYERS)]
+
+
+def test_nnx_scan_and_remat() -> None:
+    """Values, and gradients of the biases and of x; packed variables have none."""
+    stacked, each = linears()
+    x = normal(M, WIDTH)
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    @nnx.remat
+    def run(layer: ap.nnx.QuantLinear, x: jax.Array) -> jax.Array:
+        return jnp.tanh(layer(x))
+
+    def unrolled(layers: Any, x: jax.Array) -> jax.Array:
+        for layer in layers:
+            x = jnp.tanh(layer(x))
+        return x
+
+    derive = lambda f: nnx.jit(  # noqa: E731
+        nnx.value_and_grad(lambda layers, x: (f(layers, x) ** 2).sum(), argnums=(0, 1))
+    )
+    y, (grads, dx) = derive(run)(stacked, x)
+    expected_y, (expected, expected_dx) = derive(unrolled)(nnx.List(each), x)
+    close((y, dx), (expected_y, expected_dx))
+    assert set(grads) == {"bias"}
+    close(grads["bias"][...], jnp.stack([expected[i]["bias"][...] for i in range(LAYERS)]))
+
+
+def test_nnx_vmap() -> None:
+    stacked, each = linears()
+    x, xs = normal(M, WIDTH), normal(LAYERS, M, WIDTH)
+    call = lambda layer, x: layer(x)  # noqa: E731
+    close(nnx.vmap(call, in_axes=(0, None))(stacked, x), jnp.stack([f(x) for f in each]))
+    close(nnx.vmap(call)(stacked, xs), jnp.stack([f(x) for f, x in zip(each, xs, strict=True)]))
+    close(nnx.vmap(call, in_axes=(None, 0))(each[0], xs), each[0](xs))
+
+
+def test_nnx_loops_and_branches() -> None:
+    _, (first, second, _) = linears()
+    x = normal(M, WIDTH)
+    expected = x
+    for _ in range(3):
+        expected = jnp.tanh(first(expected))
+
+    @nnx.jit
+    def loop(layer: ap.nnx.QuantLinear, x: Any) -> jax.Array:
+        step = lambda i, state: (state[0], jnp.tanh(state[0](state[1])))  # noqa: E731
+        return nnx.fori_loop(0, 3, step, (layer, x))[1]
+
+    close(loop(first, x), expected)
+
+    @nnx.jit
+    def repeat(layer: ap.nnx.QuantLinear, x: Any) -> jax.Array:
+        step = lambda state: (state[0], jnp.tanh(state[0](state[1])), state[2] + 1)  # noqa: E731
+        return nnx.while_loop(lambda state: state[2] < 3, step, (layer, x, 0))[1]
+
+    close(repeat(first, x), expected)
+    branch = nnx.jit(
+        lambda choose, a, b, x: nnx.cond(
+            choose, lambda a, b, x: a(x), lambda a, b, x: b(x), a, b, x
+        )
+    )
+    close(branch(True, first, second, x), first(x))
+    close(branch(False, first, second, x), second(x))
+
+
+class Tied(nnx.Module):
+    """Looks up, projects, and scores against the same packed table."""
+
+    def __init__(self) -> None:
+        self.embed = ap.nnx.QuantEmbed.from_tensor(at(tensors(), 0), activations=8)
+        self.linear = linears()[1][1]
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.embed.attend(self.linear(self.embed(ids)))
+
+
+def test_nnx_grad_passes_through_a_packed_table() -> None:
+    model, ids = Tied(), np.arange(6).reshape(2, 3)
+    scores = nnx.jit(lambda model, ids: model(ids))(model, ids)
+    close(nnx.vmap(lambda model, i: model(i), in_axes=(None, 0))(model, ids), scores)
+    remat = nnx.remat(lambda model, ids: model(ids))
+    grads = nnx.jit(nnx.grad(lambda model, ids: remat(model, ids).sum()))(model, ids)
+    assert [path for path, _ in nnx.to_flat_state(grads)] == [("linear", "bias")]
+    table = np.asarray(model.embed.embedding.get_value().dequantize())
+    close(grads["linear"]["bias"][...], jnp.asarray(ids.size * table.sum(1)))
+
+
+class Dense(nn.Module):
+    """A step of a scan over `QuantDense`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
+        layer = ap.linen.QuantDense(WIDTH, activations=8, group_size=GROUP, name="dense")
+        return jnp.tanh(layer(x)), None
+
+
+def test_linen_scan_and_remat() -> None:
+    x = normal(M, WIDTH)
+    model = nn.scan(
+        nn.remat(Dense), variable_axes={"params": 0, "packed": 0}, split_rngs={"params": True},
+        length=LAYERS,
+    )()  # fmt: skip
+    variables = jax.jit(model.init)(jax.random.key(0), x, None)
+    params, packed = {"dense": {"bias": normal(LAYERS, WIDTH)}}, variables["packed"]
+    assert jax.tree.map(np.shape, variables["params"]) == jax.tree.map(np.shape, params)
+
+    def scanned(params: Any, x: Any) -> jax.Array:
+        return (model.apply({"params": params, "packed": packed}, x, None)[0] ** 2).sum()
+
+    def unrolled(params: Any, x: Any) -> jax.Array:
+        for i in range(LAYERS):
+            each = jax.tree.map(lambda v: v[i], {"params": params, "packed": packed})  # noqa: B023
+            x, _ = Dense().apply(each, x, None)
+        return (x**2).sum()
+
+    close(*(jax.jit(jax.value_and_grad(f, (0, 1)))(params, x) for f in (scanned, unrolled)))
+
+
+def test_linen_vmap_jit_and_while() -> None:
+    x, xs = normal(M, WIDTH), normal(LAYERS, M, WIDTH)
+    layer = ap.linen.QuantDense(WIDTH, activations=8, group_size=GROUP)
+    many = nn.vmap(
+        ap.linen.QuantDense, variable_axes={"params": 0, "packed": 0}, split_rngs={"params": True}
+    )(WIDTH, activations=8, group_size=GROUP)
+    variables = jax.jit(many.init)(jax.random.key(0), xs)
+    each = [layer.apply(at(variables, i), xs[i]) for i in range(LAYERS)]
+    close(many.apply(variables, xs), jnp.stack(each))
+
+    class Loop(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            dense = nn.jit(ap.linen.QuantDense)(
+                WIDTH, activations=8, group_size=GROUP, name="dense"
+            )
+            if self.is_initializing():
+                return dense(x)
+            step = lambda dense, state: (state[0] + 1, jnp.tanh(dense(state[1])))  # noqa: E731
+            return nn.while_loop(lambda _, state: state[0] < 3, step, dense, (0, x))[1]
+
+    variables = at(variables, 0)
+    nested = {collection: {"dense": v} for collection, v in variables.items()}
+    expected = x
+    for _ in range(3):
+        expected = jnp.tanh(layer.apply(variables, expected))
+    close(jax.jit(Loop().apply)(nested, x), expected)
