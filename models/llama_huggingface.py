@@ -136,7 +136,14 @@ def gemma2_config(folder: Folder) -> LlamaConfig:
     """Of `model_type` "gemma2"; every other layer has the sliding window."""
     common = _common(folder, head_dim=256, tied=True)
     windows = _windows(folder.config, common["num_layers"], lambda i: i % 2 == 0)
-    return LlamaConfig(**common, **_gemma(folder.config), **_rope(folder.config), **windows)
+    cap = folder.config.get("attn_logit_softcapping", float | None, 50.0)
+    return LlamaConfig(
+        **common,
+        **_gemma(folder.config, logit_soft_cap=30.0),
+        **_rope(folder.config),
+        **windows,
+        attention_soft_cap=cap,
+    )
 
 
 def gemma3_config(folder: Folder) -> LlamaConfig:
@@ -146,6 +153,7 @@ def gemma3_config(folder: Folder) -> LlamaConfig:
     if period < 1:
         raise HuggingFaceError(f"{config.where}: 'sliding_window_pattern' must be positive")
     windows = _windows(config, common["num_layers"], lambda i: (i + 1) % period > 0)
+    config.require("attn_logit_softcapping", None, None)  # Transformers takes no notice of it
     # Transformers 5 writes rope_parameters for each kind of layer, earlier ones flat keys.
     kinds = config.section("rope_parameters")
     if kinds is None:
@@ -153,7 +161,7 @@ def gemma3_config(folder: Folder) -> LlamaConfig:
         local = config.get("rope_local_base_freq", float, 1e4)
     else:
         rope, sliding = (
-            _rope(Settings(kinds.get(kind, dict), f"{kinds.where}: {kind!r}"), theta)
+            _rope_section(Settings(kinds.get(kind, dict), f"{kinds.where}: {kind!r}"), theta)
             for kind, theta in (("full_attention", 1e6), ("sliding_attention", 1e4))
         )
         if sliding["rope_scaling"] is not None:
@@ -162,7 +170,12 @@ def gemma3_config(folder: Folder) -> LlamaConfig:
             )
         local = sliding["rope_theta"]
     return LlamaConfig(
-        **common, **_gemma(config), **rope, **windows, sliding_rope_theta=local, qk_norm=True
+        **common,
+        **_gemma(config, logit_soft_cap=None),
+        **rope,
+        **windows,
+        sliding_rope_theta=local,
+        qk_norm=True,
     )
 
 
@@ -203,8 +216,8 @@ def _common(folder: Folder, *, head_dim: int | None = None, tied: bool = False) 
     }
 
 
-def _gemma(config: Settings) -> dict[str, Any]:
-    """What Gemma 2 and 3 have in common."""
+def _gemma(config: Settings, *, logit_soft_cap: float | None) -> dict[str, Any]:
+    """What Gemma 2 and 3 have in common; `logit_soft_cap` is for what config.json leaves out."""
     config.require("attention_bias", False, False)
     config.require("hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
     if config.get("use_bidirectional_attention", bool | None, None):
@@ -219,8 +232,7 @@ def _gemma(config: Settings) -> dict[str, Any]:
         "scale_embeddings": True,
         "post_norms": True,
         "attention_scale": scalar**-0.5,
-        "attention_soft_cap": config.get("attn_logit_softcapping", float | None, None),
-        "logit_soft_cap": config.get("final_logit_softcapping", float | None, None),
+        "logit_soft_cap": config.get("final_logit_softcapping", float | None, logit_soft_cap),
     }
 
 
@@ -245,17 +257,19 @@ def _windows(config: Settings, num_layers: int, sliding: Callable[[int], bool]) 
 
 def _rope(config: Settings, theta: float = 1e4) -> dict[str, Any]:
     """Rotary embeddings, in the keys of Transformers 5 or of earlier ones."""
-    rope = (
-        config.section("rope_parameters")
-        or config.section("rope_scaling")
-        or Settings({}, config.where)
-    )
-    for settings in (config, rope):
-        settings.require("partial_rotary_factor", 1.0, 1.0)
-    return {
-        "rope_theta": rope.get("rope_theta", float, config.get("rope_theta", float, theta)),
-        "rope_scaling": _scaling(rope),
-    }
+    config.require("partial_rotary_factor", 1.0, 1.0)
+    theta = config.get("rope_theta", float, theta)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.section(key)
+        if rope is not None:
+            return _rope_section(rope, theta)
+    return {"rope_theta": theta}
+
+
+def _rope_section(rope: Settings, theta: float) -> dict[str, Any]:
+    """Rotary embeddings that an object of config.json describes; `theta` is what it may lack."""
+    rope.require("partial_rotary_factor", 1.0, 1.0)
+    return {"rope_theta": rope.get("rope_theta", float, theta), "rope_scaling": _scaling(rope)}
 
 
 def _scaling(rope: Settings) -> LinearScaling | Llama3Scaling | None:
