@@ -11,10 +11,19 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from synthetic_gguf import BLOCKS, QuantType, random_blocks, weight_shapes, write_llama
+from synthetic_gguf import (
+    BLOCKS,
+    Packed,
+    QuantType,
+    random_blocks,
+    weight_shapes,
+    write_llama,
+)
 
+import jax_anyprec as ap
 from jax_anyprec import format as fmt
 from jax_anyprec.gguf import EXACT_TYPES, GGUFError, GGUFFile
+from jax_anyprec.models import load_gguf
 
 N, BLOCKS_IN_ROW = 6, 3
 
@@ -120,6 +129,47 @@ def test_why_groups_of_16_stay_float():
     steps = [[np.gcd.reduce(np.abs(half).astype(int)) for half in pair] for pair in halves]
     levels = [np.ptp(pair) / np.gcd(*step) for pair, step in zip(halves, steps, strict=True)]
     assert max(levels) > 255
+
+
+def test_files_of_mixed_types_load_with_each_as_it_can(tmp_path):
+    """As llama.cpp's Q4_K_M: most matrices in Q4_K, some in Q6_K, Q8_0 where 256 won't fit."""
+    size = 256
+    weights: dict[str, np.ndarray | Packed] = {}
+    for seed, (name, shape) in enumerate(weight_shapes(hidden=size, inner=size).items()):
+        if len(shape) == 1 or shape[1] % 256:
+            weights[name] = np.ones(shape, np.float32)
+        else:
+            kind = "Q6_K" if "attn_v" in name or "ffn_down" in name else "Q4_K"
+            scale = np.full((2, shape[0], 1), 1e-4, np.float16)
+            weights[name] = Packed(QuantType[kind], random_blocks(kind, *scale, seed))
+    sizes = {"embedding_length": size, "feed_forward_length": size, "attention.key_length": 16}
+    path = write_llama(
+        tmp_path / "m.gguf",
+        linear=QuantType.Q8_0,
+        metadata={f"llama.{key}": value for key, value in sizes.items()},
+        weights=weights,
+    )
+    file = GGUFFile(path)
+    model = load_gguf(path, dtype=np.float32).model
+
+    def kernel(layer):
+        value = layer.kernel.get_value()
+        return np.asarray(value.dequantize() if isinstance(value, ap.QuantizedTensor) else value).T
+
+    def expected(*names):
+        return np.concatenate([file.floats(f"blk.1.{name}.weight") for name in names])
+
+    attention, feed_forward = model.layers[1].attention, model.layers[1].feed_forward
+    query_key, value = attention.qkv.layers
+    np.testing.assert_array_equal(kernel(query_key), expected("attn_q", "attn_k"))
+    np.testing.assert_array_equal(kernel(value), expected("attn_v"))
+    np.testing.assert_array_equal(kernel(attention.output), expected("attn_output"))
+    (gate_up,) = feed_forward.gate_up.layers
+    np.testing.assert_array_equal(kernel(gate_up), expected("ffn_gate", "ffn_up"))
+    np.testing.assert_array_equal(kernel(feed_forward.down), expected("ffn_down"))
+    packed = [isinstance(x, ap.nnx.QuantLinear) for x in (query_key, value, gate_up)]
+    assert packed == [True, False, True]
+    assert isinstance(model.embed, ap.nnx.QuantEmbed)
 
 
 def test_agrees_with_the_reader_of_gguf(tmp_path):
