@@ -91,12 +91,11 @@ def load(
       CheckpointError: it is no checkpoint, or corrupt, or can't be loaded as asked.
     """
     stored = _open(path, bits)
-    place = Placement(str(path), sharding_function(_plain(sharding)), memory_map, on_read)
-
-    def read(keys: Any, leaf: Any) -> Any:
-        return place(leaf_name(keys), leaf, _truncated(leaf, bits))
-
-    return jax.tree_util.tree_map_with_path(read, stored, is_leaf=is_packed)
+    shardings = sharding_function(_plain(sharding))
+    place = Placement(str(path), bits, shardings, memory_map, on_read)
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: place(leaf_name(keys), leaf), stored, is_leaf=is_packed
+    )
 
 
 def load_into(
@@ -135,11 +134,11 @@ def load_into(
         return jax.tree.map(_sharding_of, wanted[name])
 
     shardings = sharding_of_target if sharding is None else sharding_function(_plain(sharding))
-    place = Placement(str(path), shardings, memory_map, on_read)
+    place = Placement(str(path), bits, shardings, memory_map, on_read)
 
     def read(keys: Any, like: Any) -> Any:
-        leaf = stored[leaf_name(keys)]
-        return place(leaf_name(keys), leaf, _laid_out_like(_truncated(leaf, bits), like))
+        name = leaf_name(keys)
+        return place(name, stored[name], prepared=is_packed(like) and like.prepared)
 
     return _filled(target, jax.tree_util.tree_map_with_path(read, tree, is_leaf=is_packed))
 
@@ -180,27 +179,18 @@ def _filled(target: Target, values: Any) -> Target:
         filled = jax.tree.map(lambda leaf: leaf, target)
         nnx.replace_by_pure_dict(filled, values)
         return filled
-    return meta.replace_boxed(target, values)
+    return jax.tree.map(
+        lambda old, new: old.replace_boxed(new) if isinstance(old, meta.AxisMetadata) else new,
+        target,
+        values,
+        is_leaf=lambda x: isinstance(x, meta.AxisMetadata | QuantizedTensor),
+    )
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
     """Leaves by their names in a checkpoint."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
     return {leaf_name(keys): leaf for keys, leaf in flat}
-
-
-def _truncated(leaf: Any, bits: int | None) -> Any:
-    """A leaf with at most so many bits; its planes stay a view."""
-    if bits is None or not isinstance(leaf, QuantizedTensor):
-        return leaf
-    with np.errstate(over="ignore", invalid="ignore"):  # scales of a file can be anything
-        return leaf.truncate(min(bits, leaf.bits))
-
-
-def _laid_out_like(leaf: Any, like: Any) -> Any:
-    if not isinstance(leaf, QuantizedTensor):
-        return leaf
-    return leaf.prepare() if like.prepared else leaf.restore()
 
 
 def _check_names(stored: Set[str], wanted: Set[str], path: str) -> None:

@@ -201,7 +201,7 @@ class _Decoder:
     def check_all_taken(self) -> None:
         if self.left:
             raise CheckpointError(
-                f"{self.where}: tensor {min(self.left)!r} is not part of the tree in the manifest"
+                f"{self.where}: tensor {min(self.left)!r:.100} is not part of the manifest's tree"
             )
 
     def _items(self, items: list[Any], path: tuple[str, ...]) -> list[Any]:
@@ -209,7 +209,7 @@ class _Decoder:
 
     def _integer(self, key: str, name: str) -> int:
         if not re.fullmatch(r"0|-?[1-9][0-9]{0,17}", key):
-            raise self._error(name, f"has the key {key[:80]!r}, which must be an integer")
+            raise self._error(name, f"has the key {key!r:.100}, which must be an integer")
         return int(key)
 
     def _take(self, name: str) -> np.ndarray:
@@ -220,7 +220,7 @@ class _Decoder:
     def _key(self, implementation: str, name: str) -> Key:
         if implementation not in KEY_IMPLEMENTATIONS:
             raise self._error(
-                name, f"is a key of {implementation[:80]!r}, allowed are {KEY_IMPLEMENTATIONS}"
+                name, f"is a key of {implementation!r:.100}, allowed are {KEY_IMPLEMENTATIONS}"
             )
         data = self._take(name)
         size = jax.eval_shape(jax.random.key_data, abstract_key(implementation)).shape[-1]
@@ -252,7 +252,7 @@ class _Decoder:
         return w
 
     def _error(self, name: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {name!r} {problem}")
+        return CheckpointError(f"{self.where}: {name!r:.200} {problem}")
 
 
 def _join(path: tuple[str, ...]) -> str:

@@ -24,7 +24,9 @@ def sharding_function(sharding: Any) -> Shardings:
         return lambda name, leaf: sharding
     if callable(sharding):
         return sharding
-    flat, _ = jax.tree_util.tree_flatten_with_path(sharding, is_leaf=is_packed)
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        sharding, is_leaf=lambda x: x is None or is_packed(x)
+    )
     by_name = {leaf_name(keys): leaf for keys, leaf in flat}
 
     def find(name: str, leaf: Any) -> Any:
@@ -41,6 +43,7 @@ class Placement:
 
     Args:
       where: begins each message.
+      bits: that packed leaves have at most, or None for all.
       shardings: gives for a leaf's name and the leaf a `Sharding` or None, for a packed leaf also
         a `QuantizedTensor` of them.
       memory_map: use aligned views in place where a CPU can, and don't look at their values.
@@ -48,41 +51,53 @@ class Placement:
     """
 
     where: str
+    bits: int | None
     shardings: Shardings
     memory_map: bool
     on_read: OnRead | None
 
-    def __call__(self, name: str, stored: Any, wanted: Any) -> Any:
-        """The leaf `wanted` on its devices: `stored`, or what was made of its mapped views."""
-        sharding = self.shardings(name, wanted)
+    def __call__(self, name: str, stored: Any, prepared: bool | None = None) -> Any:
+        """A leaf in mapped views on its devices; `prepared` chooses a packed one's layout."""
         placed: Any
-        if isinstance(wanted, QuantizedTensor):
-            placed, count = self._packed(name, stored, wanted, sharding)
-        elif isinstance(wanted, Key):
-            data, count = _array(wanted.data, None, self.memory_map)
-            keys = jax.random.wrap_key_data(data, impl=wanted.implementation)
-            placed = jax.device_put(keys, _checked(sharding, name))
+        if isinstance(stored, QuantizedTensor):
+            placed, count = self._packed(name, stored, prepared)
+        elif isinstance(stored, Key):
+            data, count = _array(stored.data, None, self.memory_map)
+            keys = jax.random.wrap_key_data(data, impl=stored.implementation)
+            placed = jax.device_put(keys, _checked(self.shardings(name, keys), name))
         else:
-            placed, count = _array(wanted, _checked(sharding, name), self.memory_map)
+            sharding = _checked(self.shardings(name, stored), name)
+            placed, count = _array(stored, sharding, self.memory_map)
         if self.on_read is not None:
             self.on_read(name, count)
         return placed
 
     def _packed(
-        self, name: str, stored: QuantizedTensor, wanted: QuantizedTensor, sharding: Any
+        self, name: str, stored: QuantizedTensor, prepared: bool | None
     ) -> tuple[QuantizedTensor, int]:
+        chosen = _truncated(stored, self.bits)
         if not self.memory_map:
-            _check_values(wanted, f"{self.where}: {name!r}")
+            _check_values(chosen, f"{self.where}: {name!r}")
+        wanted = chosen
+        if prepared is not None:
+            wanted = chosen.prepare() if prepared else chosen.restore()
+        sharding = self.shardings(name, wanted)
         fields: dict[str, Any] = {}
         total = 0
         for field in FIELDS:
-            source, view = getattr(stored, field), getattr(wanted, field)
-            if view is not None:
-                of_field = _of_field(sharding, field, name)
+            source = getattr(chosen if field == "planes" else stored, field)
+            if source is not None:
+                view, of_field = getattr(wanted, field), _of_field(sharding, field, name)
                 fields[field], count = _array(view, of_field, self.memory_map)
                 # What was computed from a field took all of it.
                 total += count if np.may_share_memory(source, view) else source.nbytes
         return dataclasses.replace(wanted, **fields), total
+
+
+def _truncated(w: QuantizedTensor, bits: int | None) -> QuantizedTensor:
+    """`w` with at most so many bits; its planes stay a view."""
+    with np.errstate(over="ignore", invalid="ignore"):  # scales of a file can be anything
+        return w if bits is None else w.truncate(min(bits, w.bits))
 
 
 def _check_values(w: QuantizedTensor, what: str) -> None:

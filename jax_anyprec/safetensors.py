@@ -122,7 +122,7 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path} is not a sound safetensors file: {error}") from None
 
     def _view(self, data: np.ndarray, name: str, entry: dict[str, Any]) -> np.ndarray:
-        where = f"{self.path}: tensor {name!r}"
+        where = f"{self.path}: tensor {name!r:.100}"
         shape, (begin, end) = entry["shape"], entry["data_offsets"]
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
@@ -147,7 +147,7 @@ def parse_json(text: bytes | str, what: str) -> Any:
         if len(values) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{what} has the name {twice!r} twice")
+            raise CheckpointError(f"{what} has the name {twice!r:.100} twice")
         return values
 
     if len(text) > MAX_HEADER_BYTES:
@@ -192,7 +192,7 @@ def file_writer(
             "shape": tensors[name].shape,
             "data_offsets": (begin, end),
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(_LENGTH.size + len(text)) % ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError(

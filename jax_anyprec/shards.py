@@ -28,6 +28,8 @@ from .safetensors import (
 
 INDEX = ".index.json"
 SAVE_ID = "save_id"
+MAX_NAME = 255
+"""Bytes of a file's name; what file systems allow."""
 
 
 def write_tensors(
@@ -102,9 +104,10 @@ def _read_shards(index: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         if shard.metadata.get(SAVE_ID) != metadata.get(SAVE_ID):
             raise CheckpointError(f"{shard.path} belongs to another save than {index.name}")
         if unlike := sorted(expected ^ shard.tensors.keys()):
+            where = index.name if unlike[0] in expected else name
             raise CheckpointError(
-                f"{shard.path} and {index.name} must list the same tensors, {unlike[0]!r} is only "
-                f"in {index.name if unlike[0] in expected else name}"
+                f"{shard.path} and {index.name} must list the same tensors, {unlike[0]!r:.100} is "
+                f"only in {where}"
             )
         tensors |= shard.tensors
     return tensors, metadata
@@ -118,9 +121,17 @@ def _parts(content: Any, index: Path) -> tuple[dict[str, Any], dict[str, set[str
         raise CheckpointError(f"{index} must be an object with the objects metadata and weight_map")
     files: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or name in ("", "..") or set(name) & set("/\\\0"):
+        if not _is_file_name(name):
             raise CheckpointError(
-                f"{index}: tensor {tensor!r} must be in a file of the same folder, got {name!r}"
+                f"{index}: tensor {tensor!r:.100} must be in a file of the same folder, "
+                f"got {name!r:.100}"
             )
         files.setdefault(name, set()).add(tensor)
     return metadata, files
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether this can only be a file in the folder that it is looked up in."""
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+        return False
+    return len(name.encode(errors="replace")) <= MAX_NAME and name.isprintable()
