@@ -512,7 +512,7 @@ BAD_HEADERS: list[tuple[Any, bytes, str]] = [
     ({"a": entry(offsets=(0, 3))}, b"abc", "not a sound safetensors file: .*"),
     ({"a": entry(offsets=(2, 0))}, b"ab", "invalid offset for tensor `a`"),
     ({"a": entry(offsets=(1, 3))}, b"abc", "invalid offset for tensor `a`"),
-    ({"a": entry(), "b": entry()}, b"ab", "invalid offset for tensor `b`"),
+    ({"a": entry(), "b": entry()}, b"ab", "invalid offset for tensor `[ab]`"),
     ({"a": entry()}, b"abc", "not fully covered"),
     ({"a": entry()}, b"a", "not fully covered"),
     ({"a": entry(shape=(2**62, 4, 2))}, b"ab", "overflow"),
