@@ -40,7 +40,9 @@ __all__ = [
     "quantize_model",
     "register_custom_calls",
     "save",
+    "static_fields",
     "status",
+    "with_static_fields",
 ]
 
 
@@ -50,4 +52,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f".{name}", __name__)
     if name in ("CheckpointError", "load", "load_into", "save"):
         return getattr(importlib.import_module(".checkpoint", __name__), name)
+    if name in ("static_fields", "with_static_fields"):
+        return getattr(importlib.import_module(".static", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,16 +14,15 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from flax import nnx
-from flax.core import meta
 from jax.dtypes import canonicalize_dtype
 
 from .format import check_bits
-from .manifest import FORMAT, Key, abstract_key, decode, encode, is_packed, leaf_name
+from .manifest import FORMAT, Key, abstract_key, decode, encode
 from .placement import OnRead, Placement, sharding_function
 from .safetensors import CheckpointError
 from .shards import read_tensors, write_tensors
 from .tensor import QuantizedTensor
+from .trees import by_name, filled, is_packed, leaf_name, plain
 
 Target = TypeVar("Target")
 
@@ -55,7 +54,7 @@ def save(
     """
     if max_shard_bytes is not None and max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive or None, got {max_shard_bytes}")
-    tensors, manifest = encode(_plain(tree), keep_prepared=keep_prepared)
+    tensors, manifest = encode(plain(tree), keep_prepared=keep_prepared)
     write_tensors(Path(path), tensors, {FORMAT: manifest}, max_shard_bytes)
 
 
@@ -91,7 +90,7 @@ def load(
       CheckpointError: it is no checkpoint, or corrupt, or can't be loaded as asked.
     """
     stored = _open(path, bits)
-    shardings = sharding_function(_plain(sharding))
+    shardings = sharding_function(plain(sharding))
     place = Placement(str(path), bits, shardings, memory_map, on_read)
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: place(leaf_name(keys), leaf), stored, is_leaf=is_packed
@@ -124,8 +123,8 @@ def load_into(
       FileNotFoundError: there is no such file.
       CheckpointError: as for `load`, or leaves are missing, extra or unlike; `target` is unchanged.
     """
-    tree = _plain(target)
-    stored, wanted = _by_name(_open(path, bits)), _by_name(tree)
+    tree = plain(target)
+    stored, wanted = by_name(_open(path, bits)), by_name(tree)
     _check_names(stored.keys(), wanted.keys(), str(path))
     for name, like in wanted.items():
         _check_alike(stored[name], like, f"{path}: {name!r}")
@@ -133,14 +132,14 @@ def load_into(
     def sharding_of_target(name: str, leaf: Any) -> Any:
         return jax.tree.map(_sharding_of, wanted[name])
 
-    shardings = sharding_of_target if sharding is None else sharding_function(_plain(sharding))
+    shardings = sharding_of_target if sharding is None else sharding_function(plain(sharding))
     place = Placement(str(path), bits, shardings, memory_map, on_read)
 
     def read(keys: Any, like: Any) -> Any:
         name = leaf_name(keys)
         return place(name, stored[name], prepared=is_packed(like) and like.prepared)
 
-    return _filled(target, jax.tree_util.tree_map_with_path(read, tree, is_leaf=is_packed))
+    return filled(target, jax.tree_util.tree_map_with_path(read, tree, is_leaf=is_packed))
 
 
 def _open(path: str | os.PathLike[str], bits: int | None) -> Any:
@@ -149,7 +148,7 @@ def _open(path: str | os.PathLike[str], bits: int | None) -> Any:
         bits = check_bits(bits)
     tensors, metadata = read_tensors(path)
     tree = decode(metadata[FORMAT], tensors, str(path)) if FORMAT in metadata else tensors
-    for name, leaf in _by_name(tree).items():
+    for name, leaf in by_name(tree).items():
         if isinstance(leaf, QuantizedTensor):
             if bits is not None and leaf.prepared and leaf.bits > bits:
                 raise CheckpointError(
@@ -161,36 +160,6 @@ def _open(path: str | os.PathLike[str], bits: int | None) -> Any:
                 f"{path}: {name!r} is {leaf.dtype}, which JAX holds only with jax_enable_x64"
             )
     return tree
-
-
-def _plain(tree: Any) -> Any:
-    """Modules, states and Linen's boxes as the dicts, lists and values in them."""
-    if isinstance(tree, nnx.Module):
-        tree = nnx.state(tree)
-    return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else meta.unbox(tree)
-
-
-def _filled(target: Target, values: Any) -> Target:
-    """`target` with the values that `_plain` takes out of it."""
-    if isinstance(target, nnx.Module):
-        nnx.update(target, _filled(nnx.state(target), values))
-        return target
-    if isinstance(target, nnx.State):
-        filled = jax.tree.map(lambda leaf: leaf, target)
-        nnx.replace_by_pure_dict(filled, values)
-        return filled
-    return jax.tree.map(
-        lambda old, new: old.replace_boxed(new) if isinstance(old, meta.AxisMetadata) else new,
-        target,
-        values,
-        is_leaf=lambda x: isinstance(x, meta.AxisMetadata | QuantizedTensor),
-    )
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-    """Leaves by their names in a checkpoint."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
-    return {leaf_name(keys): leaf for keys, leaf in flat}
 
 
 def _check_names(stored: Set[str], wanted: Set[str], path: str) -> None:

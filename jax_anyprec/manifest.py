@@ -25,19 +25,16 @@ import numpy as np
 
 from . import format as fmt
 from ._compat import Tracer
-from .rotation import Rotation
 from .safetensors import CheckpointError, Tensor, parse_json
+from .static import from_json, to_json
 from .tensor import QuantizedTensor, check_group_size, check_tensor
+from .trees import ROOT
 
 FORMAT = "jax_anyprec"
 VERSION = 1
 FIELDS = ("planes", "scales", "offsets")
-ROOT = "tensor"
-"""Name of a leaf that is the whole tree."""
-
 MAX_DEPTH = 64
 KEY_IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
-STATIC = ("k", "group_size", "rotation", "columns")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +45,9 @@ class Key:
     implementation: str
 
 
-def is_packed(x: Any) -> bool:
-    """Whether `x` is a leaf of checkpoints that is no leaf to JAX."""
-    return isinstance(x, QuantizedTensor)
-
-
 def abstract_key(implementation: str) -> jax.ShapeDtypeStruct:
     """One random key of a generator, without its data."""
     return jax.eval_shape(partial(jax.random.key, impl=implementation), 0)
-
-
-def leaf_name(keys: tuple[Any, ...]) -> str:
-    """The name of a leaf from its path in JAX."""
-    return jax.tree_util.keystr(keys, simple=True, separator=".") or ROOT
 
 
 def encode(tree: Any, *, keep_prepared: bool) -> tuple[dict[str, Tensor], str]:
@@ -148,8 +135,7 @@ class _Encoder:
                 _check_array(value, f"{name}.{field}")
                 read = partial(_stored_field, w, field, stored.prepared)
                 self.add(f"{name}.{field}", Tensor(kept.shape, np.dtype(kept.dtype), read))
-        static = {field: getattr(stored, field) for field in STATIC}
-        return static | {"rotation": w.rotation and dataclasses.asdict(w.rotation)}
+        return to_json(stored)
 
     def _array(self, array: Any, name: str) -> Any:
         _check_array(array, name)
@@ -233,17 +219,10 @@ class _Decoder:
         return Key(data, implementation)
 
     def _packed(self, static: dict[str, Any], name: str) -> QuantizedTensor:
-        if static.keys() != set(STATIC):
-            raise self._error(name, f"must have {', '.join(STATIC)}, got {str([*static])[:80]}")
-        for field in ("k", "group_size", "columns"):
-            value, optional = static[field], field == "columns"
-            if not (optional and value is None) and (type(value) is not int or value < 0):
-                raise self._error(name, f"has {field} {str(value)[:80]}, it must be an int from 0")
         planes, scales = self._take(f"{name}.planes"), self._take(f"{name}.scales")
         offsets = self.left.pop(f"{name}.offsets", None)
         try:
-            rotation = static["rotation"] and Rotation(**static["rotation"])
-            w = QuantizedTensor(planes, scales, offsets, **static | {"rotation": rotation})
+            w = QuantizedTensor(planes, scales, offsets, **from_json(static, name))
             check_tensor(w, name)
             if check_group_size(w.group_size, w.k) != w.group_size:
                 raise ValueError(f"{name} has k = {w.k} and group_size {w.group_size}")

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from . import format as fmt
-from .manifest import FIELDS, Key, is_packed, leaf_name
+from .manifest import FIELDS, Key
 from .safetensors import ALIGNMENT, CheckpointError
 from .tensor import QuantizedTensor
+from .trees import is_packed, leaf_name
 
 Shardings = Callable[[str, Any], Any]
 OnRead = Callable[[str, int], None]

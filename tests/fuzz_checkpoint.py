@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_anyprec as ap
-from jax_anyprec.manifest import FORMAT, is_packed
+from jax_anyprec.manifest import FORMAT
 from jax_anyprec.tensor import check_tensor
+from jax_anyprec.trees import is_packed
 
 SECONDS = 10
 """For one case; then the process ends with a traceback."""
