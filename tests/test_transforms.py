@@ -183,14 +183,15 @@ def test_wide_floats_enabled(act_bits: int | None) -> None:
             found = ap.matmul(x, w, act_bits=act_bits, implementation=implementation)
             assert found.dtype == jnp.float32
             close(found, expected)
-        grad = jax.grad(lambda x: ap.matmul(x, w, act_bits=act_bits).sum())(jnp.asarray(x))
+        grad = jax.jit(jax.grad(lambda x: ap.matmul(x, w, act_bits=act_bits).sum()))(x)
         assert grad.dtype == jnp.float32
         q = ap.quantize(normal(K, N), 3, group_size=32, rotation=ap.Rotation(64))
         assert q.truncate(2).scales.dtype == jnp.float32
         assert q.dequantize().dtype == jnp.float32
         codes, scales = ap.quantize_activations(x, 4, implementation="xla")
         assert (codes.dtype, scales.dtype) == (jnp.uint8, jnp.float32)
-        mapped = jax.vmap(lambda s: quantized(w)(x, s, w.offsets, None))(jnp.stack([w.scales] * 2))
+        over_scales = jax.jit(jax.vmap(lambda s: quantized(w)(x, s, w.offsets, None)))
+        mapped = over_scales(np.stack([w.scales] * 2))
         assert mapped.dtype == jnp.float32
 
 
@@ -224,10 +225,7 @@ def test_vmap_of_vmap() -> None:
     both = jax.vmap(jax.vmap(lambda x, w: ap.matmul(x, w, act_bits=4)), (0, None))
     inner = jax.vmap(jax.vmap(lambda x, w: ap.matmul(x, w, act_bits=4), (0, None)), (1, 0), 1)
     expected = np.array(
-        [
-            [ap.matmul(xs[i, j], at(stacked, j), act_bits=4) for j in (0, 1)]
-            for i in range(3)
-        ]
+        [[ap.matmul(xs[i, j], at(stacked, j), act_bits=4) for j in (0, 1)] for i in range(3)]
     )
     close(both(xs, stacked), expected)
     close(inner(xs, stacked), expected)
@@ -284,55 +282,52 @@ def test_prepared_tensors_transform_as_others(kind: str, act_bits: int | None) -
             floats["offsets"] = w.offsets
         return jax.jit(jax.grad(loss, (0, 1)))(x, floats, w)
 
-    close(jax.vmap(run)(xs, stacked.prepare()), jax.vmap(run)(xs, stacked))
-    close(jax.vmap(run, (0, None))(xs, w.prepare()), jax.vmap(run, (0, None))(xs, w))
+    @jax.jit
+    def maps(w: ap.QuantizedTensor, stacked: ap.QuantizedTensor) -> Any:
+        return jax.vmap(run)(xs, stacked), jax.vmap(run, (0, None))(xs, w)
+
+    close(maps(w.prepare(), stacked.prepare()), maps(w, stacked))
     (dx, dfloats), (expected_dx, expected_dfloats) = gradients(w.prepare()), gradients(w)
     close(dx, expected_dx)
     for name, expected in expected_dfloats.items():
         close(fmt.untile_groups(dfloats[name], N), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
-def test_derivatives_of_float_activations_are_exact(kind: str, implementation: str) -> None:
-    w = tensor(**KINDS[kind])
-    args = arguments(w)
+def derivatives(args: list[Any]) -> Any:
+    """Value, jvp in each argument alone and in all, vjp and gradient of a function, compiled."""
     wrt = differentiable(args)
-    f, g = quantized(w, None, implementation), lambda *a: dense(*a, w)
     tangents = [None if a is None else normal(*a.shape) for a in args]
-
-    close(f(*args), g(*args))
-    for i in wrt:  # alone
-        only = lambda h, i=i: lambda a: h(*args[:i], a, *args[i + 1 :])  # noqa: B023, E731
-        for a, b in zip(
-            jax.jvp(only(f), [args[i]], [tangents[i]]),
-            jax.jvp(only(g), [args[i]], [tangents[i]]),
-            strict=True,
-        ):
-            close(a, b)
-    jvp = [jax.jit(lambda a, t, h=h: jax.jvp(h, a, t))(args, tangents) for h in (f, g)]
-    close(*jvp)
     cotangent = normal(M, N)
-    vjp = [jax.jit(lambda *a, h=h: jax.vjp(h, *a)[1](cotangent))(*args) for h in (f, g)]
-    close(*vjp)
-    loss = lambda h: lambda *a: jnp.sin(h(*a)).sum()  # noqa: E731
-    close(*(jax.jit(jax.grad(loss(h), wrt))(*args) for h in (f, g)))
+
+    def of(f: Any) -> Any:
+        def alone(i: int, args: Any, tangents: Any) -> Any:
+            only = lambda a: f(*args[:i], a, *args[i + 1 :])  # noqa: E731
+            return jax.jvp(only, [args[i]], [tangents[i]])[1]
+
+        @jax.jit
+        def run(args: Any, tangents: Any) -> Any:
+            return {
+                "jvp": jax.jvp(f, args, tangents),
+                "alone": [alone(i, args, tangents) for i in wrt],
+                "vjp": jax.vjp(f, *args)[1](cotangent),
+                "grad": jax.grad(lambda *a: jnp.sin(f(*a)).sum(), wrt)(*args),
+            }
+
+        return run(args, tangents)
+
+    return of
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("act_bits", [2, 8])
-def test_derivatives_are_straight_through_the_rounding(kind: str, act_bits: int) -> None:
-    """As if x were replaced by its rounded value, whose derivative counts as the identity."""
+@pytest.mark.parametrize("act_bits", [None, 2, 8])
+def test_derivatives(kind: str, act_bits: int | None) -> None:
+    """Exact for float activations, else straight through the rounding of x."""
     w = tensor(**KINDS[kind])
-    args = arguments(w)
-    wrt = differentiable(args)
-
-    f, g = quantized(w, act_bits), rounded(w, act_bits)
-    close(f(*args), g(*args))
-    loss = lambda h: lambda *a: jnp.sin(h(*a)).sum()  # noqa: E731
-    close(*(jax.jit(jax.grad(loss(h), wrt))(*args) for h in (f, g)))
-    tangents = [None if a is None else normal(*a.shape) for a in args]
-    close(*(jax.jit(lambda a, t, h=h: jax.jvp(h, a, t))(args, tangents) for h in (f, g)))
+    derive = derivatives(arguments(w))
+    expected = derive(rounded(w, act_bits))
+    close(derive(quantized(w, act_bits)), expected)
+    if act_bits is None:
+        close(derive(quantized(w, act_bits, "xla")), expected)
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "rotated with offsets"])
@@ -418,9 +413,8 @@ def test_gradients_keep_their_dtypes(dtype: str, act_bits: int | None) -> None:
     )
     x, bias = jnp.asarray(normal(M, K), dtype), jnp.asarray(normal(N), "float16")
     args = (x, w.scales, w.offsets, bias)
-    grads = jax.grad(lambda *a: quantized(w, act_bits)(*a).sum().astype("float32"), (0, 1, 2, 3))(
-        *args
-    )
+    loss = lambda *a: quantized(w, act_bits)(*a).sum().astype("float32")  # noqa: E731
+    grads = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*args)
     for value, grad in zip(args, grads, strict=True):
         assert grad.dtype == value.dtype
         assert grad.shape == value.shape
@@ -429,7 +423,7 @@ def test_gradients_keep_their_dtypes(dtype: str, act_bits: int | None) -> None:
 
 def test_vmap_of_grad_and_grad_of_vmap() -> None:
     stacked, xs = tensor(lead=(3,)), normal(3, M, K)
-    loss = lambda x, w: jnp.sin(ap.matmul(x, w, act_bits=8)).sum()  # noqa: E731
+    loss = jax.jit(lambda x, w: jnp.sin(ap.matmul(x, w, act_bits=8)).sum())
     loop = [jax.grad(loss)(xs[i], at(stacked, i)) for i in range(3)]
     close(jax.vmap(jax.grad(loss))(xs, stacked), np.stack(loop))
     close(jax.grad(lambda xs: jax.vmap(loss)(xs, stacked).sum())(xs), np.stack(loop))
@@ -438,20 +432,14 @@ def test_vmap_of_grad_and_grad_of_vmap() -> None:
     close(per_example, np.stack([jax.grad(loss)(x, w) for x in xs]))
 
 
-MODES = {
-    "plain": contextlib.nullcontext,
-    "wide floats": lambda: jax.enable_x64(True),
-    "debug_nans": lambda: jax.debug_nans(True),
-}
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_derivatives_of_nested_maps(act_bits: int | None) -> None:
+    """Gradient, jvp and hvp of a product mapped over x, and over planes, scales, offsets, bias.
 
-
-@pytest.mark.parametrize(
-    ("act_bits", "mode"), [(None, "plain"), (8, "plain"), (8, "wide floats"), (8, "debug_nans")]
-)
-def test_derivatives_of_nested_maps(act_bits: int | None, mode: str) -> None:
-    """Gradient, jvp and hvp of a product mapped over x, and over planes, scales, offsets, bias."""
+    With 64-bit types and with the search for NaN too, which the loop over products must survive.
+    """
     ws = tensor(offsets=True, lead=(2,))
-    args = (normal(3, M, K), ws.scales, ws.offsets, normal(2, N))
+    args = (normal(2, M, K), ws.scales, ws.offsets, normal(2, N))
     directions = tuple(normal(*a.shape) for a in args)
 
     def one(planes: Any, x: Any, scales: Any, offsets: Any, bias: Any) -> jax.Array:
@@ -466,18 +454,19 @@ def test_derivatives_of_nested_maps(act_bits: int | None, mode: str) -> None:
         each = [[product[i](x, *(a[i] for a in rest)) for i in range(2)] for x in xs]
         return jnp.stack([jnp.stack(row) for row in each])
 
-    def derivatives(f: Any) -> Any:
+    def derive(f: Any) -> Any:
         def run(args: Any, directions: Any) -> Any:
             gradient = jax.grad(lambda *a: jnp.sin(f(*a)).sum(), (0, 1, 2, 3))
             return jax.jvp(f, args, directions), jax.jvp(gradient, args, directions)
 
         return jax.jit(run)(args, directions)
 
-    expected = derivatives(looped)
-    with MODES[mode]():
-        found = derivatives(lambda *a: mapped(ws.planes, *a))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32"}
-    close(found, expected)
+    expected = derive(looped)
+    for mode in (contextlib.nullcontext(), jax.enable_x64(True), jax.debug_nans(True)):
+        with mode:
+            found = derive(lambda *a: mapped(ws.planes, *a))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32"}
+        close(found, expected)
 
 
 def test_vmap_of_gradients_of_scales() -> None:
@@ -577,7 +566,7 @@ def test_zero_sizes_and_their_gradients(sizes: tuple[int, int, int], implementat
         y = f(x, bias)
         assert y.shape == (m, n)
         np.testing.assert_allclose(y, 2 + k, rtol=1e-5)
-        dx, db = jax.grad(lambda x, b: f(x, b).sum(), (0, 1))(x, bias)  # noqa: B023
+        dx, db = jax.jit(jax.grad(lambda x, b: f(x, b).sum(), (0, 1)))(x, bias)  # noqa: B023
         np.testing.assert_allclose(dx, np.full((m, k), n), rtol=1e-5)
         np.testing.assert_allclose(db, np.full(n, m))
 
