@@ -140,6 +140,14 @@ class Plan:
     def bytes_after(self) -> int:
         return sum(layer.bytes_after for layer in self.layers)
 
+    def require_quantized(self) -> None:
+        """ValueError, with reasons, if all layers stay in float."""
+        if all(layer.quantization is None for layer in self.layers):
+            reasons = [f"{layer.path or 'the model'}: {layer.reason}" for layer in self.layers[:5]]
+            raise ValueError(
+                f"no layer would be quantized ({'; '.join(reasons) or 'there is none'})"
+            )
+
     def rows(self) -> list[dict[str, Any]]:
         """A dict for each layer, which ``pandas.DataFrame(plan.rows())`` takes."""
         return [layer.row() for layer in self.layers]

@@ -105,8 +105,8 @@ class QuantEinsum(nnx.Module):
         spec = self.einsum_str if einsum_str is None else einsum_str
         if _parts(parse(spec)) != _parts(parse(self.einsum_str)):
             raise ValueError(
-                f"einsum_str must use the kernel's axes as {self.einsum_str!r} does, for which it is "
-                f"packed, got {spec!r}"
+                f"einsum_str must use the kernel's axes as {self.einsum_str!r} does, which it is "
+                f"packed for, got {spec!r}"
             )
         return self._multiply(spec, inputs, out_sharding)
 

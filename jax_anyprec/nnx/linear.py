@@ -146,8 +146,15 @@ class QuantLinear(nnx.Module):
         kernel = quantize(
             linear.kernel[...], weights, group_size=group_size, scales=scales, rotation=rotation
         )
-        metadata = metadata_of(linear.kernel)
-        return cls.from_tensor(kernel, kernel_metadata=metadata, **kept_options(linear), **options)
+        return linear_like(linear, kernel, **options)
+
+
+def linear_like(linear: nnx.Linear, kernel: QuantizedTensor, **options: Any) -> QuantLinear:
+    """A `QuantLinear` of a packed kernel, stacked or not, and else as `linear`."""
+    metadata = metadata_of(linear.kernel)
+    return QuantLinear.from_tensor(
+        kernel, kernel_metadata=metadata, **kept_options(linear), **options
+    )
 
 
 def reshard(y: jax.Array, out_sharding: Any) -> jax.Array:
