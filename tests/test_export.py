@@ -84,7 +84,8 @@ def test_export_needs_the_published_names() -> None:
 def in_process(code: str, *arguments: object, **env: str) -> str:
     done = subprocess.run(
         [sys.executable, "-P", "-W", "error", "-c", code, *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, **env}, check=False,
+        capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), **env},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
@@ -94,21 +95,21 @@ SERVE = """
 import pathlib, sys
 import jax, numpy as np
 import jax_anyprec as ap
-program = jax.export.deserialize(bytearray(pathlib.Path(sys.argv[1]).read_bytes()))
 ap.register_custom_calls()
-x, y = np.load(sys.argv[2]), program.call(np.load(sys.argv[2]))[0]
-np.save(sys.argv[3], y)
+for path in pathlib.Path(sys.argv[1]).glob("*.program"):
+    program = jax.export.deserialize(bytearray(path.read_bytes()))
+    np.savez(path.with_suffix(".y.npz"), *program.call(np.load(path.with_suffix(".x.npy"))))
 """
 
 
 def test_another_process_runs_what_was_exported(tmp_path: Path) -> None:
-    op = OPERATIONS["matmul"]
-    run = jax.jit(lambda x: [op.run(x, op.weights)])
-    program = export.export(run, disabled_checks=CHECKS, platforms=PLATFORMS)(op.x)
-    (tmp_path / "program").write_bytes(program.serialize())
-    np.save(tmp_path / "x.npy", op.x)
-    in_process(SERVE, tmp_path / "program", tmp_path / "x.npy", tmp_path / "y.npy")
-    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), run(op.x)[0])
+    for name, op in OPERATIONS.items():
+        np.save(tmp_path / f"{name}.x.npy", op.x)
+        (tmp_path / f"{name}.program").write_bytes(exported(op, op.x).serialize())
+    in_process(SERVE, tmp_path)
+    for name, op in OPERATIONS.items():
+        with np.load(tmp_path / f"{name}.y.npz") as arrays:
+            close(list(arrays.values()), jax.tree.leaves(op()))
 
 
 def test_registering_says_why_it_can_not() -> None:
@@ -123,28 +124,44 @@ except ap.Unavailable as error: print(error)
 
 
 CACHED = """
-import jax, numpy as np
-from jax import monitoring
-events = []
-monitoring.register_event_listener(lambda name, **_: events.append(name))
-import jax_anyprec as ap
-w = ap.QuantizedTensor.from_codes(np.ones((3, 64), np.uint8), np.ones((3, 1), np.float32), bits=2)
-y = jax.jit(lambda x: ap.matmul(x, w, act_bits=2))(np.ones((2, 64), np.float32))
-assert (np.asarray(y) == -64).all(), y
-print("hit" if "/jax/compilation_cache/cache_hits" in events else "miss")
+import jax
+from operations import OPERATIONS
+hits = []
+jax.monitoring.register_event_listener(
+    lambda name, **_: hits.append(name) if name == "/jax/compilation_cache/cache_hits" else None
+)
+for name, op in OPERATIONS.items():
+    hits.clear()
+    jax.jit(op.run).lower(op.x, op.weights).compile()
+    print(name, len(hits))
 """
 
 
 def test_the_persistent_compilation_cache(tmp_path: Path) -> None:
-    """The second process takes the compiled kernel call from the first one's files."""
+    """A second process finds the compiled programs, kernel calls and all, in the first one's files."""
     env = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     programs = lambda: {f.name for f in tmp_path.iterdir() if not f.name.endswith("-atime")}  # noqa: E731
-    assert in_process(CACHED, **env) == "miss"
+    assert in_process(CACHED, **env).splitlines() == [f"{name} 0" for name in OPERATIONS]
     first = programs()
-    assert any("lambda" in name for name in first), first
-    assert in_process(CACHED, **env) == "hit"
+    assert len(first) >= len(OPERATIONS)
+    assert in_process(CACHED, **env).splitlines() == [f"{name} 1" for name in OPERATIONS]
     assert programs() == first
+
+
+# --- free-threaded Python ---
+
+
+def test_loading_the_extension_brings_no_lock_back() -> None:
+    """A module that doesn't declare that it can do without it would turn the GIL on, and warn."""
+    code = """
+import sys, sysconfig
+import jax_anyprec as ap
+ap.register_custom_calls()
+locked = getattr(sys, "_is_gil_enabled", lambda: True)()
+print(locked == (not sysconfig.get_config_var("Py_GIL_DISABLED")))
+"""
+    assert in_process(code) == "True"

@@ -381,6 +381,24 @@ def test_nnx_grad_passes_through_a_packed_table() -> None:
     close(grads["linear"]["bias"][...], jnp.asarray(ids.size * table.sum(1)))
 
 
+def test_nnx_maps_and_loops_of_tables() -> None:
+    stacked = nnx.vmap(lambda w: ap.nnx.QuantEmbed.from_tensor(w, activations=8))(tensors())
+    each = [ap.nnx.QuantEmbed.from_tensor(at(tensors(), i), activations=8) for i in range(LAYERS)]
+    ids, x = np.arange(6).reshape(2, 3), normal(M, WIDTH)
+    call = lambda layer, ids: (layer(ids), layer.attend(layer(ids)))  # noqa: E731
+    expected = [call(layer, ids) for layer in each]
+    expected = jax.tree.map(lambda *v: jnp.stack(v), *expected)
+    close(nnx.jit(nnx.vmap(call, in_axes=(0, None)))(stacked, ids), expected)
+    close(nnx.jit(nnx.scan(call, in_axes=(0, None), out_axes=0))(stacked, ids), expected)
+
+    @nnx.jit
+    def loop(layer: ap.nnx.QuantEmbed, x: Any) -> jax.Array:
+        step = lambda i, state: (state[0], jnp.tanh(state[0].attend(state[1])))  # noqa: E731
+        return nnx.fori_loop(0, 2, step, (layer, x))[1]
+
+    close(loop(each[0], x), jnp.tanh(each[0].attend(jnp.tanh(each[0].attend(x)))))
+
+
 class Dense(nn.Module):
     """A step of a scan over `QuantDense`."""
 
