@@ -238,7 +238,7 @@ def _awq_gemv(tensors: _Tensors, scheme: Scheme) -> _Layer:
 
 
 def _pack_quantized(tensors: _Tensors, scheme: Scheme) -> _Layer:
-    """Words along K for weights and along N for zero points, each of as many whole fields as fit.
+    """Words along K for weights and along N for zero points, the last of each padded.
 
     Signed integers, stored plus ``2**(bits - 1)``.
     """
@@ -251,7 +251,7 @@ def _pack_quantized(tensors: _Tensors, scheme: Scheme) -> _Layer:
     scales = tensors.take("weight_scale", FLOATS, (n, groups))
     if not scheme.symmetric:
         words = tensors.words("weight_zero_point", (math.ceil(n / per_word), groups))
-        zeros = _fields(words.T, bits, whole=True)[:, :n].T
+        zeros = _fields(words.T, bits)[:, :n].T
     elif tensors.has("weight_zero_point"):
         raise tensors.error("has weight_zero_point, but its scheme is symmetric")
     else:
@@ -259,7 +259,7 @@ def _pack_quantized(tensors: _Tensors, scheme: Scheme) -> _Layer:
     g_idx = tensors.take("weight_g_idx", INTEGERS, (k,)) if tensors.has("weight_g_idx") else None
     if g_idx is not None and (g_idx == -1).all():  # so it is where nothing was reordered
         g_idx = None
-    return _Layer(tensors.name, _fields(packed, bits, whole=True)[:, :k], scales, zeros, g_idx)
+    return _Layer(tensors.name, _fields(packed, bits)[:, :k], scales, zeros, g_idx)
 
 
 _LAYOUTS: Mapping[str, Callable[[_Tensors, Scheme], _Layer]] = {
@@ -271,12 +271,12 @@ _LAYOUTS: Mapping[str, Callable[[_Tensors, Scheme], _Layer]] = {
 }
 
 
-def _fields(words: np.ndarray, bits: int, *, whole: bool = False) -> np.ndarray:
-    """``int32[rows, words]`` to ``uint8[rows, fields]``, the lowest bits first.
+def _fields(words: np.ndarray, bits: int) -> np.ndarray:
+    """``int32[rows, words]`` to ``uint8[rows, 32 words / bits]``, the lowest bits first.
 
-    Fields may lie in two words, unless they are `whole`: then each word has as many as fit in it.
+    Fields of 3 bits may lie in two words: after three words they begin one again.
     """
-    stretch = WORD if whole else math.lcm(WORD, bits)  # bits after which fields begin a word again
+    stretch = math.lcm(WORD, bits)
     words = np.ascontiguousarray(words, "<i4").view(np.uint32)
     words = words.reshape(len(words), -1, stretch // WORD)
     fields = np.empty((*words.shape[:2], stretch // bits), np.uint8)

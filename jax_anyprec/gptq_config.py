@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from .format import MAX_BITS
 from .safetensors import CheckpointError
 
 Layout = Literal["gptq", "gptq_v2", "awq_gemm", "awq_gemv", "pack_quantized"]
@@ -24,7 +23,7 @@ class Scheme:
     Args:
       layout: "gptq" (zero points are stored minus one), "gptq_v2" (as they are), "awq_gemm",
         "awq_gemv", or "pack_quantized" of compressed-tensors.
-      bits: of a weight; 2, 3, 4 or 8 in GPTQ, 4 in AWQ, 1 to 8 in compressed-tensors.
+      bits: of a weight; 2, 3, 4 or 8 in GPTQ, 4 in AWQ, 1, 2, 4 or 8 in compressed-tensors.
       group_size: values along K that share a scale; None for one scale an output channel.
       symmetric: whether compressed-tensors leaves the zero points out; the others never do.
     """
@@ -81,7 +80,7 @@ _BITS: Mapping[Layout, tuple[int, ...]] = {
     "gptq_v2": (2, 3, 4, 8),
     "awq_gemm": (4,),
     "awq_gemv": (4,),
-    "pack_quantized": tuple(range(1, MAX_BITS + 1)),
+    "pack_quantized": (1, 2, 4, 8),  # others: versions of the library pack them differently
 }
 
 

@@ -80,13 +80,9 @@ def words_of(fields: np.ndarray, bits: int) -> np.ndarray:
     return np.array(rows, np.uint32).astype(np.int32)
 
 
-def whole_words_of(fields: np.ndarray, bits: int) -> np.ndarray:
-    """Rows of integers, as many to a word as fit in it, in words; the last one is padded."""
-    fit = 32 // bits
-    padded = np.pad(fields, [(0, 0), (0, -fields.shape[1] % fit)])
-    groups = padded.reshape(len(fields), -1, fit).astype(object)
-    numbers = (groups * [2 ** (bits * i) for i in range(fit)]).sum(-1)
-    return numbers.astype(np.uint32).astype(np.int32)
+def padded_words_of(fields: np.ndarray, bits: int) -> np.ndarray:
+    """As `words_of`, the last word padded with zeros."""
+    return words_of(np.pad(fields, [(0, 0), (0, -fields.shape[1] % (32 // bits))]), bits)
 
 
 def pack_gptq(w: Weights, name: str = "layer", *, minus_one: bool = True) -> dict[str, np.ndarray]:
@@ -124,9 +120,9 @@ def pack_awq_gemv(w: Weights, name: str = "layer") -> dict[str, np.ndarray]:
 def pack_compressed(
     w: Weights, name: str = "layer", *, symmetric: bool = False
 ) -> dict[str, np.ndarray]:
-    zeros = {f"{name}.weight_zero_point": whole_words_of(w.zeros, w.bits).T.copy()}
+    zeros = {f"{name}.weight_zero_point": padded_words_of(w.zeros, w.bits).T.copy()}
     return {
-        f"{name}.weight_packed": whole_words_of(w.integers.T, w.bits),
+        f"{name}.weight_packed": padded_words_of(w.integers.T, w.bits),
         f"{name}.weight_scale": w.scales.T.copy(),
         f"{name}.weight_shape": np.array(w.integers.T.shape, np.int64),
         **({} if symmetric else zeros),
@@ -162,7 +158,7 @@ def test_awq_for_matrix_times_vector(k, group_size):
     check(read_linear(pack_awq_gemv(w), "layer", Scheme("awq_gemv", 4, group_size)), w)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_compressed_tensors(bits, symmetric):
     centre = 1 << (bits - 1)
@@ -174,8 +170,8 @@ def test_compressed_tensors(bits, symmetric):
 
 
 def test_compressed_tensors_with_one_group_of_an_odd_size():
-    w = random_weights(3, k=37, n=5, group_size=None, zeros=(0, 8))
-    check(read_linear(pack_compressed(w), "layer", Scheme("pack_quantized", 3, None)), w)
+    w = random_weights(k=37, n=5, group_size=None, zeros=(0, 16))
+    check(read_linear(pack_compressed(w), "layer", Scheme("pack_quantized", 4, None)), w)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, "bfloat16", np.float32])
@@ -398,7 +394,10 @@ def test_configurations(config, scheme):
             changed(COMPRESSED, f"{WEIGHTS}/strategy", "tensor"),
             "'weights': 'strategy' must be 'group' or 'channel', got 'tensor'",
         ),
-        (changed(COMPRESSED, f"{WEIGHTS}/num_bits", 9), "bits must be one of 1, 2, .*, got 9"),
+        (
+            changed(COMPRESSED, f"{WEIGHTS}/num_bits", 9),
+            "bits must be one of 1, 2, 4, 8 for pack_quantized, got 9",
+        ),
     ],
 )
 def test_configurations_that_are_refused(config, message):
