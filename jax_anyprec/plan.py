@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -51,21 +52,42 @@ class Layer(Candidate):
         def one(weight: Any) -> QuantizedTensor:
             return pack(self.matrices(weight), quantization)
 
-        if self.abstract:
-            return jax.eval_shape(lambda w: over_stack(one, w, self.stacked), self.weight)
-        return over_stack(one, self.weight, self.stacked)
+        def all_of(weight: Any) -> QuantizedTensor:
+            return over_stack(one, weight, self.stacked)
+
+        with self._named(quantization):
+            return jax.eval_shape(all_of, self.weight) if self.abstract else all_of(self.weight)
 
     def error(self, quantization: Quantization) -> float | None:
         """``|weight - packed| / |weight|`` (Frobenius); None for a weight of shapes."""
         if self.abstract or isinstance(self.weight, Tracer):
             return None
         lost = norm = 0.0
-        for weight in _elements(self.weight, self.stacked):
-            matrices = self.matrices(weight)
-            for matrix in _elements(matrices, matrices.ndim - 2):
-                squares = _squares(matrix, quantization.pack(matrix))
-                lost, norm = lost + float(squares[0]), norm + float(squares[1])
+        with self._named(quantization):
+            for weight in _elements(self.weight, self.stacked):
+                matrices = self.matrices(weight)
+                for matrix in _elements(matrices, matrices.ndim - 2):
+                    squares = _squares(matrix, quantization.pack(matrix))
+                    lost, norm = lost + float(squares[0]), norm + float(squares[1])
         return math.sqrt(lost / norm) if norm else 0.0
+
+    def packed_nbytes(self, quantization: Quantization) -> int:
+        """Bytes of the packed weight, from shapes alone."""
+        assert self.matrix is not None
+        *leading, k, n = self.matrix
+        with self._named(quantization):
+            return math.prod(leading) * _packed_nbytes(k, n, quantization)
+
+    @contextlib.contextmanager
+    def _named(self, quantization: Quantization) -> Iterator[None]:
+        """Errors of a weight that can't be packed so say which layer it is in."""
+        try:
+            yield
+        except ValueError as fault:
+            raise ValueError(
+                f"layer {self.path!r} of shape {self.shape} can't become {describe(quantization)}: "
+                f"{fault}"
+            ) from fault
 
 
 def _elements(x: Any, axes: int) -> Iterator[Any]:
@@ -81,6 +103,13 @@ def _elements(x: Any, axes: int) -> Iterator[Any]:
 def _squares(matrix: jax.Array, packed: QuantizedTensor) -> tuple[jax.Array, jax.Array]:
     matrix = matrix.astype(jnp.float32)
     return ((matrix - packed.dequantize()) ** 2).sum(), (matrix**2).sum()
+
+
+@functools.lru_cache
+def _packed_nbytes(k: int, n: int, quantization: Quantization) -> int:
+    """Bytes of a packed matrix; ValueError if K does not fit."""
+    matrix = jax.ShapeDtypeStruct((k, n), jnp.float32)
+    return jax.eval_shape(quantization.pack, matrix).nbytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,16 +230,8 @@ def _planned(layer: Layer, decision: Decision, errors: bool) -> PlannedLayer:
     quantization = decision.quantization
     nbytes, error, implementation, reason = layer.nbytes, None, None, None
     if quantization is not None:
-        assert layer.matrix is not None
-        *leading, k, n = layer.matrix
-        try:
-            packed = math.prod(leading) * _packed_bytes(k, n, quantization)
-            error = layer.error(quantization) if errors else None
-        except ValueError as fault:
-            raise ValueError(
-                f"layer {layer.path!r} of shape {layer.shape} can't become "
-                f"{describe(quantization)}: {fault}"
-            ) from fault
+        packed = layer.packed_nbytes(quantization)
+        error = layer.error(quantization) if errors else None
         nbytes += packed - math.prod(layer.shape) * jnp.dtype(layer.dtype).itemsize
         implementation, reason = _implementation(quantization)
     return PlannedLayer(
@@ -226,13 +247,6 @@ def _planned(layer: Layer, decision: Decision, errors: bool) -> PlannedLayer:
         implementation=implementation,
         implementation_reason=reason,
     )
-
-
-@functools.lru_cache
-def _packed_bytes(k: int, n: int, quantization: Quantization) -> int:
-    """Bytes of a packed matrix; ValueError if K does not fit."""
-    matrix = jax.ShapeDtypeStruct((k, n), jnp.float32)
-    return jax.eval_shape(quantization.pack, matrix).nbytes
 
 
 def _implementation(quantization: Quantization) -> tuple[str, str]:
