@@ -151,7 +151,9 @@ def gemma3_config(folder: Folder) -> LlamaConfig:
     config, common = folder.config, _common(folder, head_dim=256, tied=True)
     period = config.get("sliding_window_pattern", int, 6)
     if period < 1:
-        raise HuggingFaceError(f"{config.where}: 'sliding_window_pattern' must be positive")
+        raise HuggingFaceError(
+            f"{config.where}: 'sliding_window_pattern' must be positive, got {period}"
+        )
     windows = _windows(config, common["num_layers"], lambda i: (i + 1) % period > 0)
     config.require("attn_logit_softcapping", None, None)  # Transformers takes no notice of it
     # Transformers 5 writes rope_parameters for each kind of layer, earlier ones flat keys.
@@ -166,7 +168,8 @@ def gemma3_config(folder: Folder) -> LlamaConfig:
         )
         if sliding["rope_scaling"] is not None:
             raise HuggingFaceError(
-                f"{kinds.where}: 'rope_type' of 'sliding_attention' must be 'default'"
+                f"{kinds.where}: 'sliding_attention': 'rope_type' must be 'default', others are "
+                "not supported"
             )
         local = sliding["rope_theta"]
     return LlamaConfig(
