@@ -138,7 +138,7 @@ for name, op in OPERATIONS.items():
 
 
 def test_the_persistent_compilation_cache(tmp_path: Path) -> None:
-    """A second process finds the compiled programs, kernel calls and all, in the first one's files."""
+    """A second process finds the compiled programs, kernel calls and all, in the first's files."""
     env = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -192,6 +192,40 @@ def test_derivatives_of_layers(name: str) -> None:
     close(along, gradient)  # the second derivative of a quadratic form, along its own argument
 
 
+@pytest.mark.parametrize("name", ["QuantLinear", "QuantDense", "QuantEmbed"])
+def test_gradients_of_mapped_layers(name: str) -> None:
+    """Gradient and hvp in the floats of stacked layers: mapped over x and layers, and scanned."""
+    op = OPERATIONS[name]
+    xs, stacked = rows(op, 2), stack(op.weights, 2)
+    values, replace = floats(stacked)
+    over_x = jax.vmap(op.run, (0, None))
+
+    def mapped(weights: Any) -> Any:
+        return jax.vmap(over_x, (None, 0))(xs, weights)
+
+    def scanned(weights: Any) -> Any:
+        return jax.lax.scan(lambda _, each: (None, over_x(xs, each)), None, weights)[1]
+
+    def looped(weights: Any) -> Any:
+        each = [op.run(x, jax.tree.map(lambda v, i=i: v[i], weights)) for i in range(2) for x in xs]
+        return jax.tree.map(lambda *v: jnp.stack(v).reshape(2, 2, *v[0].shape), *each)
+
+    def derive(f: Any) -> Any:
+        total = lambda v: sum(jnp.sin(y).sum() for y in jax.tree.leaves(f(replace(v))))  # noqa: E731
+        return jax.jit(lambda v: jax.jvp(jax.grad(total), [v], [v]))(values)
+
+    expected = derive(looped)
+    close(derive(mapped), expected)
+    close(derive(scanned), expected)
+
+    def of_each(weights: Any) -> Any:
+        values, replace = floats(weights)
+        outputs = lambda v: jax.tree.leaves(over_x(xs, replace(v)))  # noqa: E731
+        return jax.grad(lambda v: sum(jnp.sin(y).sum() for y in outputs(v)))(values)
+
+    close(jax.jit(jax.vmap(of_each))(stacked), expected[0])
+
+
 @every_differentiable
 def test_derivatives_in_x(name: str) -> None:
     """The derivative in x is the product with the weights as floats, whatever its rounding."""
@@ -279,7 +313,8 @@ def normal(*shape: int) -> np.ndarray:
 @functools.cache
 def tensors() -> ap.QuantizedTensor:
     """One packed matrix for each of LAYERS, prepared."""
-    return ap.quantize(normal(LAYERS, WIDTH, WIDTH) / 8, 4, group_size=GROUP).prepare()
+    w = ap.quantize(normal(LAYERS, WIDTH, WIDTH) / 8, 4, group_size=GROUP, scales="absmax")
+    return w.prepare()
 
 
 def linears() -> tuple[ap.nnx.QuantLinear, list[ap.nnx.QuantLinear]]:
@@ -381,22 +416,44 @@ def test_nnx_grad_passes_through_a_packed_table() -> None:
     close(grads["linear"]["bias"][...], jnp.asarray(ids.size * table.sum(1)))
 
 
-def test_nnx_maps_and_loops_of_tables() -> None:
+def tables() -> list[ap.nnx.QuantEmbed]:
+    return [ap.nnx.QuantEmbed.from_tensor(at(tensors(), i), activations=8) for i in range(LAYERS)]
+
+
+def test_nnx_maps_of_tables() -> None:
     stacked = nnx.vmap(lambda w: ap.nnx.QuantEmbed.from_tensor(w, activations=8))(tensors())
-    each = [ap.nnx.QuantEmbed.from_tensor(at(tensors(), i), activations=8) for i in range(LAYERS)]
-    ids, x = np.arange(6).reshape(2, 3), normal(M, WIDTH)
+    ids = np.arange(6).reshape(2, 3)
     call = lambda layer, ids: (layer(ids), layer.attend(layer(ids)))  # noqa: E731
-    expected = [call(layer, ids) for layer in each]
-    expected = jax.tree.map(lambda *v: jnp.stack(v), *expected)
+    each = [call(layer, ids) for layer in tables()]
+    expected = jax.tree.map(lambda *v: jnp.stack(v), *each)
     close(nnx.jit(nnx.vmap(call, in_axes=(0, None)))(stacked, ids), expected)
     close(nnx.jit(nnx.scan(call, in_axes=(0, None), out_axes=0))(stacked, ids), expected)
 
-    @nnx.jit
-    def loop(layer: ap.nnx.QuantEmbed, x: Any) -> jax.Array:
-        step = lambda i, state: (state[0], jnp.tanh(state[0].attend(state[1])))  # noqa: E731
-        return nnx.fori_loop(0, 2, step, (layer, x))[1]
 
-    close(loop(each[0], x), jnp.tanh(each[0].attend(jnp.tanh(each[0].attend(x)))))
+def test_nnx_eval_shape_of_tables() -> None:
+    table, ids = tables()[0], np.arange(3)
+    abstract = nnx.eval_shape(lambda: ap.nnx.QuantEmbed.from_tensor(at(tensors(), 0)))
+    assert isinstance(jax.tree.leaves(abstract.embedding.get_value())[0], jax.ShapeDtypeStruct)
+    nnx.update(abstract, nnx.state(table))
+    close(abstract(ids), table(ids))
+
+
+def test_nnx_loops_and_branches_of_tables() -> None:
+    first, second, _ = tables()
+    x = normal(M, WIDTH)
+    expected = jnp.tanh(first.attend(jnp.tanh(first.attend(x))))
+
+    @nnx.jit
+    def run(first: ap.nnx.QuantEmbed, second: ap.nnx.QuantEmbed, x: Any) -> Any:
+        step = lambda state: (state[0], jnp.tanh(state[0].attend(state[1])), state[2] + 1)  # noqa: E731
+        return (
+            nnx.fori_loop(0, 2, lambda _, state: step(state), (first, x, 0))[1],
+            nnx.while_loop(lambda state: state[2] < 2, step, (first, x, 0))[1],
+            nnx.cond(x[0, 0] > x[0, 0] + 1, lambda a, b, x: a.attend(x),
+                     lambda a, b, x: b.attend(x), first, second, x),
+        )  # fmt: skip
+
+    close(run(first, second, x), (expected, expected, second.attend(x)))
 
 
 class Dense(nn.Module):
