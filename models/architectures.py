@@ -56,6 +56,18 @@ def load_huggingface(
             "floats; quantization=None loads them as they are"
         )
     folder = Folder(path)
+    architecture, config = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    weights = choose_weights(folder, architecture, config)
+    dtype = default_dtype() if dtype is None else dtype
+    # The abstract model has shapes and no weights; each is put in place as it is read.
+    model = nnx.eval_shape(lambda: architecture.model(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    fill(model, weights, folder, quantization=quantization, dtype=dtype, progress=progress)
+    return LoadedModel(model, config, quantization, folder.name, tokenizer)
+
+
+def read_config(folder: Folder) -> tuple[Architecture, Any]:
+    """What kind of model a folder has, and its configuration."""
     kind = folder.config.get("model_type", str)
     if kind not in ARCHITECTURES:
         raise HuggingFaceError(
@@ -64,18 +76,11 @@ def load_huggingface(
         )
     architecture = ARCHITECTURES[kind]
     try:
-        config = architecture.config(folder)
+        return architecture, architecture.config(folder)
     except HuggingFaceError:
         raise
     except ValueError as error:
         raise HuggingFaceError(f"{folder.config.where}: {error}") from None
-    tokenizer = load_tokenizer(folder)
-    weights = choose_weights(folder, architecture, config)
-    dtype = default_dtype() if dtype is None else dtype
-    # The abstract model has shapes and no weights; each is put in place as it is read.
-    model = nnx.eval_shape(lambda: architecture.model(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    fill(model, weights, folder, quantization=quantization, dtype=dtype, progress=progress)
-    return LoadedModel(model, config, quantization, folder.name, tokenizer)
 
 
 def choose_weights(folder: Folder, architecture: Architecture, config: Any) -> dict[str, Weight]:

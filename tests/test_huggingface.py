@@ -5,6 +5,7 @@ The folders in data/huggingface and the logits beside them come from tests/make_
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -19,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import jax_anyprec as ap
@@ -31,7 +34,7 @@ from jax_anyprec.models import (
     generate,
     load_huggingface,
 )
-from jax_anyprec.models.architectures import ARCHITECTURES
+from jax_anyprec.models.architectures import choose_weights, read_config
 from jax_anyprec.models.attention import Llama3Scaling, attend, attend_causally
 from jax_anyprec.models.huggingface import MAX_JSON_BYTES, Folder, Settings
 from jax_anyprec.models.loading import Row, expand, pair_neighbours
@@ -202,8 +205,7 @@ def test_memory_is_that_of_the_result_and_a_few_tensors():
 
 
 def config_of(folder: Path) -> Any:
-    opened = Folder(folder)
-    return ARCHITECTURES[opened.config.get("model_type", str)].config(opened)
+    return read_config(Folder(folder))[1]
 
 
 # The keys of Transformers 4, which most folders have, for what version 5 wrote.
@@ -327,6 +329,30 @@ def test_unsupported_configurations_have_clear_errors(tmp_path, name, change, me
     with pytest.raises(HuggingFaceError, match=message) as caught:
         load_huggingface(folder)
     assert str(caught.value).startswith("changed")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["linear", "silu"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["rope_type", "factor", "full_attention"]), inner)
+    ),
+    max_leaves=4,
+)
+
+
+@pytest.mark.parametrize("name", ["llama-tied-llama3-rope", "qwen2", "gemma3"])
+@given(data=st.data())
+@settings(deadline=None, max_examples=300)
+def test_any_json_is_a_configuration_or_a_clear_error(name, data):
+    folder = Folder(DATA / name)
+    keys = sorted(folder.config.values)
+    changes = data.draw(st.dictionaries(st.sampled_from(keys), JSON, min_size=1, max_size=3))
+    folder.config = Settings({**folder.config.values, **changes}, "where")
+    with contextlib.suppress(HuggingFaceError):
+        architecture, config = read_config(folder)
+        choose_weights(folder, architecture, config)
+        hash(config)
 
 
 def test_bad_options():
@@ -477,16 +503,16 @@ def test_tensors_of_a_folder():
         folder.tensor("none")
 
 
-def test_settings():
-    settings = Settings({"a": 1, "b": None, "c": {"d": True}}, "where")
-    assert isinstance(settings.get("a", float), float)
-    assert settings.get("b", int | None) is None
-    assert settings.section("b") is settings.section("none") is None
-    assert settings.section("c").get("d", bool) is True
+def test_values_of_settings():
+    found = Settings({"a": 1, "b": None, "c": {"d": True}}, "where")
+    assert isinstance(found.get("a", float), float)
+    assert found.get("b", int | None) is None
+    assert found.section("b") is found.section("none") is None
+    assert found.section("c").get("d", bool) is True
     with pytest.raises(
         HuggingFaceError, match=re.escape("where: 'c': 'd' must be int | None, got")
     ):
-        settings.section("c").get("d", int | None)
+        found.section("c").get("d", int | None)
 
 
 # --- weight maps ---
