@@ -153,7 +153,9 @@ def _round_jvp(bits: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.A
     ratio = grouped / jnp.where(scales > 0, scales, 1)
     slope = jnp.where(clipped, largest * jnp.sign(grouped), q - ratio)
     slope = jax.lax.stop_gradient(slope) / math.sqrt(max(grouped.shape[-1], 1) * largest)
-    return scales * q, jnp.where(clipped, 0, grouped_dot) + slope * scales_dot
+    # The value is this function's again, so that second derivatives see it.
+    value = _round(grouped, scales, bits)
+    return value, jnp.where(clipped, 0, grouped_dot) + slope * scales_dot
 
 
 def _rounded_activations(
