@@ -3,9 +3,12 @@
 import importlib
 from typing import Any
 
-from ._native import Unavailable, status
+from ._native import CUSTOM_CALLS, Unavailable, register_custom_calls, status
+from .convert import plan, quantize_model
+from .fake_quant import fake_quant, fake_quant_matmul
 from .memory import Arena
 from .ops import int_matmul, matmul, quantize_activations
+from .plan import Plan
 from .quantization import Quantization
 from .quantize import quantize
 from .rotation import Rotation
@@ -14,24 +17,41 @@ from .tensor import QuantizedTensor, concatenate
 __version__ = "0.1.0"
 
 __all__ = [
+    "CUSTOM_CALLS",
     "Arena",
+    "CheckpointError",
+    "Plan",
     "Quantization",
     "QuantizedTensor",
     "Rotation",
     "Unavailable",
     "concatenate",
+    "fake_quant",
+    "fake_quant_matmul",
     "int_matmul",
     "linen",
+    "load",
+    "load_into",
     "matmul",
     "nnx",
+    "plan",
     "quantize",
     "quantize_activations",
+    "quantize_model",
+    "register_custom_calls",
+    "save",
+    "static_fields",
     "status",
+    "with_static_fields",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # Layers import Flax, so they load on first use.
+    # Layers and checkpoints import Flax, so they load on first use.
     if name in ("linen", "nnx"):
         return importlib.import_module(f".{name}", __name__)
+    if name in ("CheckpointError", "load", "load_into", "save"):
+        return getattr(importlib.import_module(".checkpoint", __name__), name)
+    if name in ("static_fields", "with_static_fields"):
+        return getattr(importlib.import_module(".static", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,13 @@ import jax
 
 ISA_VARIABLE = "JAX_ANYPREC_ISA"
 
+CUSTOM_CALLS = (
+    "jax_anyprec_cpu_quantize",
+    "jax_anyprec_cpu_int_matmul",
+    "jax_anyprec_cpu_matmul",
+)
+"""Names of the native kernels in compiled programs. `jax.export` must be told to allow them."""
+
 
 class Unavailable(RuntimeError):
     """An implementation was asked for by name and can't run; the message says why."""
@@ -37,6 +44,19 @@ class Backend:
 def cpu() -> Backend:
     """The CPU extension, registered with XLA on first use."""
     return _load("jax_anyprec._cpu", "cpu")
+
+
+def register_custom_calls() -> None:
+    """Make the native kernels known to XLA, in a process that runs what another one exported.
+
+    Whatever uses an operation of this package does so by itself; a deserialized function does not.
+
+    Raises:
+      Unavailable: there is no extension that fits the running jaxlib; the message says why.
+    """
+    backend = cpu()
+    if backend.module is None:
+        raise Unavailable(f"the CPU kernels can't be registered: {backend.reason}")
 
 
 def status() -> dict[str, dict[str, Any]]:

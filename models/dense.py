@@ -13,11 +13,15 @@ from jax_anyprec.quantization import Quantization
 
 
 def packed_linear(
-    quantization: Quantization, weights: ap.QuantizedTensor, dtype: Any
+    quantization: Quantization,
+    weights: ap.QuantizedTensor,
+    dtype: Any,
+    *,
+    bias: jax.Array | None = None,
 ) -> ap.nnx.QuantLinear:
-    """The layer that multiplies by packed `weights`."""
+    """The layer that multiplies by packed `weights` and adds `bias`."""
     return ap.nnx.QuantLinear.from_tensor(
-        weights.prepare(), dtype=dtype, **quantization.layer_options
+        weights.prepare(), bias=bias, dtype=dtype, **quantization.layer_options
     )
 
 
@@ -37,14 +41,18 @@ def make_linear(
     quantization: Quantization | None,
     dtype: Any,
     rngs: nnx.Rngs,
+    use_bias: bool = False,
 ) -> nnx.Linear | ap.nnx.QuantLinear:
-    """A linear layer without bias and with random weights, float or quantized."""
+    """A linear layer with random weights, float or quantized."""
     layer = nnx.Linear(
-        features_in, features_out, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
+        features_in, features_out, use_bias=use_bias, dtype=dtype, param_dtype=dtype, rngs=rngs
     )
     if quantization is None:
         return layer
-    return packed_linear(quantization, quantization.pack(layer.kernel.get_value()), dtype)
+    bias = None if layer.bias is None else layer.bias.get_value()
+    return packed_linear(
+        quantization, quantization.pack(layer.kernel.get_value()), dtype, bias=bias
+    )
 
 
 def default_dtype() -> Any:

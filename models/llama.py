@@ -1,34 +1,38 @@
-"""A Llama-family decoder in Flax NNX, written for reading.
+"""Decoders of the Llama family (Llama, Mistral, Qwen, Gemma) in Flax NNX, written for reading.
 
 Shapes: B batch, S tokens of this call, T positions of the cache (T = S without one), H query
-heads, G key/value heads, D head size. Parameters are those of GGUF files of architecture
-"llama", in which the rows of the query and key projections are ordered for rotary embeddings
-over neighbouring pairs (2 i, 2 i + 1); a Hugging Face checkpoint, which pairs (i, i + D / 2),
-needs those rows permuted first.
+heads, G key/value heads, D head size. Rotary embeddings turn neighbouring pairs (2 i, 2 i + 1) of
+queries and keys, as in GGUF files of architecture "llama"; the weights of a Hugging Face
+checkpoint, which pairs (i, i + D / 2), are reordered when they are loaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jax_anyprec.quantization import Quantization
 
+from .attention import LinearScaling, Llama3Scaling, attend_causally, cap_softly, rotary
 from .dense import make_linear
 from .projections import Projections
 
-QUERY_BLOCK = 128
-"""Tokens of a prompt that attention takes at once; the fewer, the less is computed in vain."""
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nnx.silu,
+    "gelu_tanh": functools.partial(nnx.gelu, approximate=True),
+}
+"""Of the gate in feed-forward blocks, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes and constants of a Llama model.
+    """Sizes and constants of a decoder; the defaults are Llama's.
 
     Args:
       vocab_size: number of tokens.
@@ -42,6 +46,19 @@ class LlamaConfig:
       rope_theta: base of the rotary frequencies.
       norm_eps: added to the mean square in `RMSNorm`.
       tied_embeddings: whether the output head is the embedding.
+      rope_scaling: of the rotary frequencies, for a longer context; or None.
+      qkv_bias: whether the query, key and value projections have biases.
+      qk_norm: whether each head of queries and keys is normalised.
+      post_norms: whether what attention and feed-forward add is normalised too.
+      activation: of the gate in feed-forward blocks.
+      scale_embeddings: whether embeddings are multiplied by ``sqrt(hidden_size)``.
+      sliding_window: positions that layers of `sliding_layers` see, their own among them.
+      sliding_layers: for each layer, whether it sees a `sliding_window` only; empty for none.
+      sliding_rope_theta: instead of `rope_theta` and `rope_scaling` in those layers; None for the
+        same.
+      attention_scale: of scores, None for ``head_dim**-0.5``.
+      attention_soft_cap: limit that scores approach, or None.
+      logit_soft_cap: limit that logits approach, or None.
     """
 
     vocab_size: int
@@ -55,11 +72,24 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied_embeddings: bool = True
+    rope_scaling: LinearScaling | Llama3Scaling | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    scale_embeddings: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    sliding_rope_theta: float | None = None
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, bool) and not value > 0:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and not value > 0:
                 raise ValueError(f"{field.name} must be positive, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -67,6 +97,30 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
+            )
+        if len(self.sliding_layers) not in (0, self.num_layers):
+            raise ValueError(
+                f"sliding_layers must be empty or one for each of num_layers = {self.num_layers}, "
+                f"got {len(self.sliding_layers)}"
+            )
+        if any(self.sliding_layers) and self.sliding_window is None:
+            raise ValueError("sliding_window must be set where sliding_layers has layers")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by the names that weight maps use."""
+        return {
+            "layers": self.num_layers,
+            "vocab": self.vocab_size,
+            "hidden": self.hidden_size,
+            "inner": self.intermediate_size,
+            "query": self.num_heads * self.head_dim,
+            "key": self.num_kv_heads * self.head_dim,
+            "head": self.head_dim,
+        }
 
 
 @jax.tree_util.register_dataclass
@@ -101,12 +155,20 @@ class Cache:
 class Attention(nnx.Module):
     """Causal self-attention in which ``H / G`` query heads share one key and value head."""
 
-    def __init__(self, config: LlamaConfig, **options: Any):
+    def __init__(
+        self, config: LlamaConfig, *, sliding: bool, dtype: Any, rngs: nnx.Rngs, **options: Any
+    ):
         self.config = config
+        self.sliding = sliding
+        options |= {"dtype": dtype, "rngs": rngs}
         width, heads = config.hidden_size, config.num_heads * config.head_dim
         kv_heads = config.num_kv_heads * config.head_dim
-        self.qkv = Projections(width, (heads, kv_heads, kv_heads), **options)
+        widths = (heads, kv_heads, kv_heads)
+        self.qkv = Projections(width, widths, use_bias=config.qkv_bias, **options)
         self.output = make_linear(heads, width, **options)
+        if config.qk_norm:
+            self.query_norm = make_norm(config, dtype, rngs, config.head_dim)
+            self.key_norm = make_norm(config, dtype, rngs, config.head_dim)
 
     def __call__(
         self,
@@ -116,15 +178,32 @@ class Attention(nnx.Module):
         reach: int | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """``x [B, S, width]`` at ``positions int32[S]`` to its update and the keys and values."""
-        theta = self.config.rope_theta
+        config = self.config
         q, k, v = map(self._heads, self.qkv(x))
-        q, k = rotary(q, positions, theta), rotary(k, positions, theta)
+        if config.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = self._turn(q, positions), self._turn(k, positions)
         if past is not None:
             k = jax.lax.dynamic_update_slice_in_dim(past[0], k, positions[0], axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past[1], v, positions[0], axis=1)
-        y = attend_causally(q, k[:, :reach], v[:, :reach], positions)
+        y = attend_causally(
+            q,
+            k[:, :reach],
+            v[:, :reach],
+            positions,
+            window=config.sliding_window if self.sliding else None,
+            scale=config.attention_scale,
+            soft_cap=config.attention_soft_cap,
+        )
         y = jnp.swapaxes(y.reshape(x.shape[0], -1, *y.shape[1:]), 1, 2)
         return self.output(y.reshape(*x.shape[:2], -1)), (k, v)
+
+    def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Rotary embeddings for ``x [B heads, S, D]``."""
+        config = self.config
+        if self.sliding and config.sliding_rope_theta is not None:
+            return rotary(x, positions, config.sliding_rope_theta)
+        return rotary(x, positions, config.rope_theta, config.rope_scaling)
 
     def _heads(self, x: jax.Array) -> jax.Array:
         """``[B, S, heads D]`` to ``[B heads, S, D]``."""
@@ -133,26 +212,34 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+    """A gated linear unit: ``down(activation(gate(x)) * up(x))``."""
 
     def __init__(self, config: LlamaConfig, **options: Any):
         inner = config.intermediate_size
+        self.activation = config.activation
         self.gate_up = Projections(config.hidden_size, (inner, inner), **options)
         self.down = make_linear(inner, config.hidden_size, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = self.gate_up(x)
-        return self.down(nnx.silu(gate) * up)
+        return self.down(ACTIVATIONS[self.activation](gate) * up)
 
 
 class Layer(nnx.Module):
     """One decoder layer: attention and feed-forward, each on a normalised residual stream."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs, **options: Any):
+    def __init__(
+        self, config: LlamaConfig, *, sliding: bool, dtype: Any, rngs: nnx.Rngs, **options: Any
+    ):
+        self.post_norms = config.post_norms
+        options |= {"dtype": dtype, "rngs": rngs}
         self.attention_norm = make_norm(config, dtype, rngs)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs, **options)
+        self.attention = Attention(config, sliding=sliding, **options)
         self.feed_forward_norm = make_norm(config, dtype, rngs)
-        self.feed_forward = FeedForward(config, dtype=dtype, rngs=rngs, **options)
+        self.feed_forward = FeedForward(config, **options)
+        if config.post_norms:
+            self.attention_post_norm = make_norm(config, dtype, rngs)
+            self.feed_forward_post_norm = make_norm(config, dtype, rngs)
 
     def __call__(
         self,
@@ -162,12 +249,17 @@ class Layer(nnx.Module):
         reach: int | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         update, present = self.attention(self.attention_norm(x), positions, past, reach)
+        if self.post_norms:
+            update = self.attention_post_norm(update)
         x = x + update
-        return x + self.feed_forward(self.feed_forward_norm(x)), present
+        update = self.feed_forward(self.feed_forward_norm(x))
+        if self.post_norms:
+            update = self.feed_forward_post_norm(update)
+        return x + update, present
 
 
 class Llama(nnx.Module):
-    """A decoder with random weights; `jax_anyprec.models.load_gguf` fills in trained ones.
+    """A decoder with random weights; `load_gguf` and `load_huggingface` fill in trained ones.
 
     Args:
       config: sizes and constants.
@@ -190,7 +282,8 @@ class Llama(nnx.Module):
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
         )
         options = {"quantization": quantization, "dtype": dtype, "rngs": rngs}
-        self.layers = nnx.List([Layer(config, **options) for _ in range(config.num_layers)])
+        sliding = config.sliding_layers or (False,) * config.num_layers
+        self.layers = nnx.List([Layer(config, sliding=each, **options) for each in sliding])
         self.norm = make_norm(config, dtype, rngs)
         if not config.tied_embeddings:
             self.head = make_linear(config.hidden_size, config.vocab_size, **options)
@@ -214,6 +307,8 @@ class Llama(nnx.Module):
         start = jnp.int32(0) if cache is None else cache.length
         positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         x = self.embed(tokens)
+        if self.config.scale_embeddings:
+            x *= jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         presents = []
         for i, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])
@@ -225,54 +320,14 @@ class Llama(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits ``float32[..., vocab]`` of final features ``[..., width]``."""
         y = self.embed.attend(x) if self.config.tied_embeddings else self.head(x)
-        return y.astype(jnp.float32)
+        y = y.astype(jnp.float32)
+        cap = self.config.logit_soft_cap
+        return y if cap is None else cap_softly(y, cap)
 
 
-def make_norm(config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """RMSNorm with a float32 scale."""
-    return nnx.RMSNorm(config.hidden_size, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-
-
-def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Turn each pair (2 i, 2 i + 1) of ``x [..., S, D]`` by ``position * theta**(-2 i / D)``."""
-    size = x.shape[-1]
-    frequencies = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    angles = positions.astype(jnp.float32)[:, None, None] * frequencies[:, None]
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], size // 2, 2)
-    # (a cos - b sin, b cos + a sin) without taking the pairs apart, which XLA is slow to undo.
-    signs = np.array([-1, 1], np.float32)
-    turned = pairs * jnp.cos(angles) + pairs[..., ::-1] * (signs * jnp.sin(angles))
-    return turned.reshape(x.shape).astype(x.dtype)
-
-
-def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
-    """`attend` where a query at one of ``positions int32[S]`` sees those up to it.
-
-    All S positions are among the T of `k` and `v`, so those past T - S + s are out of sight of
-    query s, wherever S begins. A long prompt is cut into blocks, which leave them out.
-    """
-    s, t = q.shape[1], k.shape[1]
-    blocks = []
-    for begin in range(0, s, QUERY_BLOCK):
-        end = min(begin + QUERY_BLOCK, s)
-        reach = t - s + end
-        visible = positions[begin:end, None] >= jnp.arange(reach)
-        blocks.append(attend(q[:, begin:end], k[:, :reach], v[:, :reach], visible))
-    return jnp.concatenate(blocks, axis=1)
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    """Attention of ``q [B H, S, D]`` over ``k, v [B G, T, D]``.
-
-    Query s sees position t where ``visible bool[S, T]``. Scores and softmax are float32; the
-    result ``[B H, S, D]`` has the dtype of `q`.
-    """
-    s, size = q.shape[1:]
-    grouped = q.reshape(k.shape[0], -1, size)  # the H / G query heads of a key, one after another
-    scores = jnp.einsum("bsd,btd->bst", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(-1, s, k.shape[1]) * size**-0.5
-    scores = jnp.where(visible, scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    weights = weights.reshape(*grouped.shape[:2], -1)
-    y = jnp.einsum("bst,btd->bsd", weights, v, preferred_element_type=jnp.float32)
-    return y.reshape(q.shape).astype(q.dtype)
+def make_norm(
+    config: LlamaConfig, dtype: Any, rngs: nnx.Rngs, size: int | None = None
+) -> nnx.RMSNorm:
+    """RMSNorm over `size` features (None: the residual stream's) with a float32 scale."""
+    size = config.hidden_size if size is None else size
+    return nnx.RMSNorm(size, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)

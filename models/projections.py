@@ -16,7 +16,7 @@ from .dense import make_linear
 
 
 class Projections(nnx.Module):
-    """Linear layers without bias over the same features, such as query, key and value.
+    """Linear layers over the same features, such as query, key and value.
 
     They begin as one layer for each output, as checkpoints hold them. `merge_projections` joins
     those whose weights are held alike, so that activations are quantized once, and one long product
@@ -66,26 +66,42 @@ def merge_projections(module: nnx.Module) -> None:
 def _join(a: nnx.Module, b: nnx.Module) -> nnx.Module | None:
     """One layer with the outputs of `a` and then of `b`; None if their weights are held unlike."""
     match a, b:
-        case (nnx.Linear(), nnx.Linear()) if a.kernel.dtype == b.kernel.dtype:
+        case (nnx.Linear(), nnx.Linear()) if (
+            a.kernel.dtype,
+            a.use_bias,
+        ) == (b.kernel.dtype, b.use_bias):
             kernels = jnp.concatenate([a.kernel[...], b.kernel[...]], axis=1)
+            biases = _join_biases(a, b)
             return nnx.Linear(
                 *kernels.shape,
-                use_bias=False,
+                use_bias=a.use_bias,
                 dtype=a.dtype,
                 param_dtype=a.param_dtype,
                 kernel_init=lambda *_: kernels,
+                bias_init=lambda *_: biases,
                 rngs=nnx.Rngs(0),
             )
         case (ap.nnx.QuantLinear(), ap.nnx.QuantLinear()) if (
             a.activations,
             a.act_scales,
             a.dtype,
-        ) == (b.activations, b.act_scales, b.dtype):
+            a.use_bias,
+        ) == (b.activations, b.act_scales, b.dtype, b.use_bias):
             try:
                 kernel = ap.concatenate([a.kernel.get_value(), b.kernel.get_value()])
             except ValueError:
                 return None
             return ap.nnx.QuantLinear.from_tensor(
-                kernel, activations=a.activations, act_scales=a.act_scales, dtype=a.dtype
+                kernel,
+                bias=_join_biases(a, b),
+                activations=a.activations,
+                act_scales=a.act_scales,
+                dtype=a.dtype,
             )
     return None
+
+
+def _join_biases(*layers: nnx.Linear | ap.nnx.QuantLinear) -> jax.Array | None:
+    """The biases of `layers`, which all have one or none, in one."""
+    biases = [layer.bias[...] for layer in layers if layer.bias is not None]
+    return jnp.concatenate(biases) if biases else None

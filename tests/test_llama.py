@@ -15,7 +15,7 @@ from flax import nnx
 import jax_anyprec as ap
 from jax_anyprec.gguf import GGUFError, GGUFFile
 from jax_anyprec.models import Cache, Llama, LlamaConfig, Quantization, load_gguf, weight_bytes
-from jax_anyprec.models.llama import QUERY_BLOCK, attend, attend_causally
+from jax_anyprec.models.attention import QUERY_BLOCK, attend, attend_causally
 
 FLOAT32_ERROR = 2e-4
 """Of logits near 1: a few hundred float32 roundings on the way, each 6e-8, with room to grow."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -52,6 +53,11 @@ def close(found: Any, expected: Any) -> None:
     )
 
 
+def at(tree: Any, i: int) -> Any:
+    """Element `i` along the first axes."""
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
 def dense(x: Any, scales: Any, offsets: Any, bias: Any, w: ap.QuantizedTensor) -> jax.Array:
     """`matmul` by a dense matrix, differentiable in each argument."""
     q = jnp.asarray(oracle.ints(codes_of(w), w.bits), jnp.float32).reshape(N, -1, GROUP)
@@ -66,6 +72,24 @@ def dense(x: Any, scales: Any, offsets: Any, bias: Any, w: ap.QuantizedTensor) -
         x = (x * signs) @ jnp.asarray(turn, jnp.float32)
     y = jnp.matmul(x, rows.reshape(N, K).T, precision="highest")
     return y if bias is None else y + bias
+
+
+def rounded(w: ap.QuantizedTensor, act_bits: int | None) -> Any:
+    """`dense` of x rounded to `act_bits`, whose derivative in x counts as the identity."""
+
+    def run(x: Any, *rest: Any) -> jax.Array:
+        if act_bits is None:
+            return dense(x, *rest, w)
+        codes, scales = ap.quantize_activations(
+            jax.lax.stop_gradient(x), act_bits, group_size=GROUP, rotation=w.rotation
+        )
+        q = 2.0 * codes - (2**act_bits - (act_bits < 4))
+        seen = (scales[..., None] * q.reshape(*scales.shape, GROUP)).reshape(x.shape)
+        if w.rotation is not None:  # `dense` will rotate it again
+            seen = w.rotation.invert(seen)
+        return dense(x + jax.lax.stop_gradient(seen - x), *rest, w)
+
+    return run
 
 
 def codes_of(w: ap.QuantizedTensor) -> np.ndarray:
@@ -102,16 +126,7 @@ def differentiable(args: list[Any]) -> tuple[int, ...]:
     return tuple(i for i, a in enumerate(args) if a is not None)
 
 
-# --- jit, shapes, donation, ahead of time ---
-
-
-@pytest.mark.parametrize("act_bits", [None, 1, 8])
-def test_jit_equals_eager(act_bits: int | None) -> None:
-    w, x = tensor(), normal(M, K)
-    eager = ap.matmul(x, w, act_bits=act_bits)
-    np.testing.assert_array_equal(
-        jax.jit(lambda x, w: ap.matmul(x, w, act_bits=act_bits))(x, w), eager
-    )
+# --- jit and shapes ---
 
 
 def test_disable_jit() -> None:
@@ -152,19 +167,6 @@ def test_eval_shape_runs_nothing() -> None:
     assert (scales.shape, scales.dtype) == ((2, 3, K // GROUP), jnp.float32)
 
 
-def test_ahead_of_time() -> None:
-    w, x = tensor(), normal(M, K)
-    compiled = jax.jit(lambda x, w: ap.matmul(x, w, act_bits=3)).lower(x, w).compile()
-    np.testing.assert_array_equal(compiled(x, w), ap.matmul(x, w, act_bits=3))
-
-
-def test_donated_activations() -> None:
-    w, x = tensor(), normal(M, K)
-    run = jax.jit(lambda x, w: x + ap.matmul(x, w, act_bits=8).sum(), donate_argnums=0)
-    expected = x + np.asarray(ap.matmul(x, w, act_bits=8)).sum()
-    close(run(jnp.asarray(x), w), expected)
-
-
 def test_transposed_and_sliced_operands() -> None:
     w, x = tensor(), normal(K, 2 * M)
     run = jax.jit(lambda x, w: ap.matmul(x.T[::2], w, act_bits=8, implementation="cpu"))
@@ -181,14 +183,15 @@ def test_wide_floats_enabled(act_bits: int | None) -> None:
             found = ap.matmul(x, w, act_bits=act_bits, implementation=implementation)
             assert found.dtype == jnp.float32
             close(found, expected)
-        grad = jax.grad(lambda x: ap.matmul(x, w, act_bits=act_bits).sum())(jnp.asarray(x))
+        grad = jax.jit(jax.grad(lambda x: ap.matmul(x, w, act_bits=act_bits).sum()))(x)
         assert grad.dtype == jnp.float32
         q = ap.quantize(normal(K, N), 3, group_size=32, rotation=ap.Rotation(64))
         assert q.truncate(2).scales.dtype == jnp.float32
         assert q.dequantize().dtype == jnp.float32
         codes, scales = ap.quantize_activations(x, 4, implementation="xla")
         assert (codes.dtype, scales.dtype) == (jnp.uint8, jnp.float32)
-        mapped = jax.vmap(lambda s: quantized(w)(x, s, w.offsets, None))(jnp.stack([w.scales] * 2))
+        over_scales = jax.jit(jax.vmap(lambda s: quantized(w)(x, s, w.offsets, None)))
+        mapped = over_scales(np.stack([w.scales] * 2))
         assert mapped.dtype == jnp.float32
 
 
@@ -201,7 +204,6 @@ def test_vmap(kind: str, act_bits: int | None) -> None:
     """Over activations, weights, both, and bias or scales alone, against a loop."""
     w = tensor(**KINDS[kind])
     stacked = tensor(**KINDS[kind], lead=(3,))
-    at = lambda t, i: jax.tree.map(lambda leaf: leaf[i], t)  # noqa: E731
     x, xs, bias = normal(M, K), normal(3, M, K), normal(3, N)
     run = lambda x, w, b=None: ap.matmul(x, w, bias=b, act_bits=act_bits)  # noqa: E731
     loop = lambda f: np.stack([f(i) for i in range(3)])  # noqa: E731
@@ -223,10 +225,7 @@ def test_vmap_of_vmap() -> None:
     both = jax.vmap(jax.vmap(lambda x, w: ap.matmul(x, w, act_bits=4)), (0, None))
     inner = jax.vmap(jax.vmap(lambda x, w: ap.matmul(x, w, act_bits=4), (0, None)), (1, 0), 1)
     expected = np.array(
-        [
-            [ap.matmul(xs[i, j], jax.tree.map(lambda v: v[j], stacked), act_bits=4) for j in (0, 1)]  # noqa: B023
-            for i in range(3)
-        ]
+        [[ap.matmul(xs[i, j], at(stacked, j), act_bits=4) for j in (0, 1)] for i in range(3)]
     )
     close(both(xs, stacked), expected)
     close(inner(xs, stacked), expected)
@@ -237,7 +236,7 @@ def test_vmap_of_the_integer_operations() -> None:
     codes = RNG.integers(0, 16, (2, M, K), np.uint8)
     found = jax.vmap(lambda c, w: ap.int_matmul(c, w, 4))(codes, stacked)
     for i in range(2):
-        w = jax.tree.map(lambda v: v[i], stacked)  # noqa: B023
+        w = at(stacked, i)
         np.testing.assert_array_equal(found[i], oracle.int_product(codes[i], 4, codes_of(w), 4, 32))
     x = normal(2, 3, K)
     mapped = jax.vmap(lambda x: ap.quantize_activations(x, 4, group_size=32), 1)(x)
@@ -283,75 +282,62 @@ def test_prepared_tensors_transform_as_others(kind: str, act_bits: int | None) -
             floats["offsets"] = w.offsets
         return jax.jit(jax.grad(loss, (0, 1)))(x, floats, w)
 
-    close(jax.vmap(run)(xs, stacked.prepare()), jax.vmap(run)(xs, stacked))
-    close(jax.vmap(run, (0, None))(xs, w.prepare()), jax.vmap(run, (0, None))(xs, w))
+    @jax.jit
+    def maps(w: ap.QuantizedTensor, stacked: ap.QuantizedTensor) -> Any:
+        return jax.vmap(run)(xs, stacked), jax.vmap(run, (0, None))(xs, w)
+
+    close(maps(w.prepare(), stacked.prepare()), maps(w, stacked))
     (dx, dfloats), (expected_dx, expected_dfloats) = gradients(w.prepare()), gradients(w)
     close(dx, expected_dx)
     for name, expected in expected_dfloats.items():
         close(fmt.untile_groups(dfloats[name], N), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
-def test_derivatives_of_float_activations_are_exact(kind: str, implementation: str) -> None:
-    w = tensor(**KINDS[kind])
-    args = arguments(w)
+def derivatives(args: list[Any]) -> Any:
+    """Value, jvp in each argument alone and in all, vjp and gradient of a function, compiled."""
     wrt = differentiable(args)
-    f, g = quantized(w, None, implementation), lambda *a: dense(*a, w)
     tangents = [None if a is None else normal(*a.shape) for a in args]
-
-    close(f(*args), g(*args))
-    for i in wrt:  # alone
-        only = lambda h, i=i: lambda a: h(*args[:i], a, *args[i + 1 :])  # noqa: B023, E731
-        for a, b in zip(
-            jax.jvp(only(f), [args[i]], [tangents[i]]),
-            jax.jvp(only(g), [args[i]], [tangents[i]]),
-            strict=True,
-        ):
-            close(a, b)
-    jvp = [jax.jit(lambda a, t, h=h: jax.jvp(h, a, t))(args, tangents) for h in (f, g)]
-    close(*jvp)
     cotangent = normal(M, N)
-    vjp = [jax.jit(lambda *a, h=h: jax.vjp(h, *a)[1](cotangent))(*args) for h in (f, g)]
-    close(*vjp)
-    loss = lambda h: lambda *a: jnp.sin(h(*a)).sum()  # noqa: E731
-    close(*(jax.jit(jax.grad(loss(h), wrt))(*args) for h in (f, g)))
+
+    def of(f: Any) -> Any:
+        def alone(i: int, args: Any, tangents: Any) -> Any:
+            only = lambda a: f(*args[:i], a, *args[i + 1 :])  # noqa: E731
+            return jax.jvp(only, [args[i]], [tangents[i]])[1]
+
+        @jax.jit
+        def run(args: Any, tangents: Any) -> Any:
+            return {
+                "jvp": jax.jvp(f, args, tangents),
+                "alone": [alone(i, args, tangents) for i in wrt],
+                "vjp": jax.vjp(f, *args)[1](cotangent),
+                "grad": jax.grad(lambda *a: jnp.sin(f(*a)).sum(), wrt)(*args),
+            }
+
+        return run(args, tangents)
+
+    return of
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("act_bits", [2, 8])
-def test_derivatives_are_straight_through_the_rounding(kind: str, act_bits: int) -> None:
-    """As if x were replaced by its rounded value, whose derivative counts as the identity."""
+@pytest.mark.parametrize("act_bits", [None, 2, 8])
+def test_derivatives(kind: str, act_bits: int | None) -> None:
+    """Exact for float activations, else straight through the rounding of x."""
     w = tensor(**KINDS[kind])
-    args = arguments(w)
-    wrt = differentiable(args)
-
-    def rounded(x: Any, *rest: Any) -> jax.Array:
-        codes, scales = ap.quantize_activations(
-            jax.lax.stop_gradient(x), act_bits, group_size=GROUP, rotation=w.rotation
-        )
-        q = 2.0 * codes - (2**act_bits - (act_bits < 4))
-        seen = scales[..., None] * q.reshape(*scales.shape, GROUP)
-        seen = seen.reshape(x.shape)
-        if w.rotation is not None:  # `dense` will rotate it again
-            seen = w.rotation.invert(seen)
-        return dense(x + jax.lax.stop_gradient(seen - x), *rest, w)
-
-    f = quantized(w, act_bits)
-    close(f(*args), rounded(*args))
-    loss = lambda h: lambda *a: jnp.sin(h(*a)).sum()  # noqa: E731
-    close(*(jax.jit(jax.grad(loss(h), wrt))(*args) for h in (f, rounded)))
-    tangents = [None if a is None else normal(*a.shape) for a in args]
-    close(*(jax.jit(lambda a, t, h=h: jax.jvp(h, a, t))(args, tangents) for h in (f, rounded)))
+    derive = derivatives(arguments(w))
+    expected = derive(rounded(w, act_bits))
+    close(derive(quantized(w, act_bits)), expected)
+    if act_bits is None:
+        close(derive(quantized(w, act_bits, "xla")), expected)
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "rotated with offsets"])
-def test_second_derivatives(kind: str) -> None:
+@pytest.mark.parametrize("act_bits", [None, 4])
+def test_second_derivatives(kind: str, act_bits: int | None) -> None:
     """The product is bilinear: mixed derivatives of x and scales are not zero."""
     w = tensor(**KINDS[kind])
     args = arguments(w)
     wrt = differentiable(args)
-    f, g = quantized(w), lambda *a: dense(*a, w)
+    f, g = quantized(w, act_bits), rounded(w, act_bits)
     loss = lambda h: lambda *a: (h(*a) ** 2).sum()  # noqa: E731
     direction = tuple(normal(*args[i].shape) for i in wrt)
 
@@ -372,11 +358,50 @@ def test_second_derivatives(kind: str) -> None:
     close(*reverse)
 
 
-def test_linear_transpose_in_x() -> None:
-    w, x = tensor(rotation=ap.Rotation(64)), normal(M, K)
-    f = lambda x: ap.matmul(x, w)  # noqa: E731
-    (found,) = jax.linear_transpose(f, x)(jnp.ones((M, N)))
-    close(found, jax.grad(lambda x: dense(x, w.scales, None, None, w).sum())(x))
+@pytest.mark.parametrize("prepared", [False, True])
+def test_linear_transpose_in_x(prepared: bool) -> None:
+    """Of the product, and of it mapped over x, over weights and over both."""
+    kind = KINDS["rotated with offsets"]
+    ws, xs = tensor(**kind, lead=(2,)), normal(2, M, K)
+    run = lambda x, w: ap.matmul(x, w.prepare() if prepared else w)  # noqa: E731
+    both, over_weights, over_x = jax.vmap(run), jax.vmap(run, (None, 0)), jax.vmap(run, (0, None))
+    matrices = np.asarray(ws.dequantize())
+    ct = normal(2, M, N)
+
+    @jax.jit
+    def transposed(ct: Any, ws: ap.QuantizedTensor) -> Any:
+        of = lambda f, x, w, ct: jax.linear_transpose(lambda x: f(x, w), x)(ct)[0]  # noqa: E731
+        w = at(ws, 0)
+        return (
+            of(run, xs[0], w, ct[0]),
+            of(over_x, xs, w, ct),
+            of(over_weights, xs[0], ws, ct),
+            of(both, xs, ws, ct),
+        )
+
+    close(
+        transposed(ct, ws),
+        (
+            ct[0] @ matrices[0].T,
+            np.einsum("bmn,kn->bmk", ct, matrices[0]),
+            np.einsum("bmn,bkn->mk", ct, matrices),
+            np.einsum("bmn,bkn->bmk", ct, matrices),
+        ),
+    )
+
+
+def test_what_is_not_linear_is_not_transposed() -> None:
+    w, x, ct = tensor(), normal(M, K), np.ones((M, N), np.float32)
+    in_scales = lambda s: quantized(w)(x, s, None, None)  # noqa: E731
+    for f, primal in (
+        (lambda x: ap.matmul(x, w, act_bits=4), x),
+        (lambda x: ap.matmul(x, w, bias=np.ones(N, np.float32)), x),
+        (in_scales, w.scales),
+    ):
+        with pytest.raises(
+            NotImplementedError, match="with respect to x alone, with act_bits=None"
+        ):
+            jax.linear_transpose(f, primal)(ct)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -388,9 +413,8 @@ def test_gradients_keep_their_dtypes(dtype: str, act_bits: int | None) -> None:
     )
     x, bias = jnp.asarray(normal(M, K), dtype), jnp.asarray(normal(N), "float16")
     args = (x, w.scales, w.offsets, bias)
-    grads = jax.grad(lambda *a: quantized(w, act_bits)(*a).sum().astype("float32"), (0, 1, 2, 3))(
-        *args
-    )
+    loss = lambda *a: quantized(w, act_bits)(*a).sum().astype("float32")  # noqa: E731
+    grads = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*args)
     for value, grad in zip(args, grads, strict=True):
         assert grad.dtype == value.dtype
         assert grad.shape == value.shape
@@ -399,13 +423,75 @@ def test_gradients_keep_their_dtypes(dtype: str, act_bits: int | None) -> None:
 
 def test_vmap_of_grad_and_grad_of_vmap() -> None:
     stacked, xs = tensor(lead=(3,)), normal(3, M, K)
-    loss = lambda x, w: jnp.sin(ap.matmul(x, w, act_bits=8)).sum()  # noqa: E731
-    loop = [jax.grad(loss)(xs[i], jax.tree.map(lambda v: v[i], stacked)) for i in range(3)]  # noqa: B023
+    loss = jax.jit(lambda x, w: jnp.sin(ap.matmul(x, w, act_bits=8)).sum())
+    loop = [jax.grad(loss)(xs[i], at(stacked, i)) for i in range(3)]
     close(jax.vmap(jax.grad(loss))(xs, stacked), np.stack(loop))
     close(jax.grad(lambda xs: jax.vmap(loss)(xs, stacked).sum())(xs), np.stack(loop))
     w = tensor()
     per_example = jax.vmap(jax.grad(loss), (0, None))(xs, w)
     close(per_example, np.stack([jax.grad(loss)(x, w) for x in xs]))
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_derivatives_of_nested_maps(act_bits: int | None) -> None:
+    """Gradient, jvp and hvp of a product mapped over x, and over planes, scales, offsets, bias.
+
+    With 64-bit types and with the search for NaN too, which the loop over products must survive.
+    """
+    ws = tensor(offsets=True, lead=(2,))
+    args = (normal(2, M, K), ws.scales, ws.offsets, normal(2, N))
+    directions = tuple(normal(*a.shape) for a in args)
+
+    def one(planes: Any, x: Any, scales: Any, offsets: Any, bias: Any) -> jax.Array:
+        w = ap.QuantizedTensor(planes, scales, offsets, K, GROUP)
+        return ap.matmul(x, w, bias=bias, act_bits=act_bits)
+
+    over_weights = jax.vmap(one, (0, None, 0, 0, 0))
+    mapped = jax.vmap(over_weights, (None, 0, None, None, None))
+
+    def looped(xs: Any, *rest: Any) -> jax.Array:
+        product = [rounded(at(ws, i), act_bits) for i in range(2)]
+        each = [[product[i](x, *(a[i] for a in rest)) for i in range(2)] for x in xs]
+        return jnp.stack([jnp.stack(row) for row in each])
+
+    def derive(f: Any) -> Any:
+        def run(args: Any, directions: Any) -> Any:
+            gradient = jax.grad(lambda *a: jnp.sin(f(*a)).sum(), (0, 1, 2, 3))
+            return jax.jvp(f, args, directions), jax.jvp(gradient, args, directions)
+
+        return jax.jit(run)(args, directions)
+
+    expected = derive(looped)
+    for mode in (contextlib.nullcontext(), jax.enable_x64(True), jax.debug_nans(True)):
+        with mode:
+            found = derive(lambda *a: mapped(ws.planes, *a))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32"}
+        close(found, expected)
+
+
+def test_vmap_of_gradients_of_scales() -> None:
+    """A gradient for each token: what per-example methods take."""
+    w = tensor(offsets=True)
+    xs, args = normal(3, M, K), (w.scales, w.offsets, normal(N))
+    gradient = lambda f: jax.grad(lambda *a: jnp.sin(f(*a)).sum(), (1, 2, 3))  # noqa: E731
+    found = jax.jit(jax.vmap(gradient(quantized(w, 8)), (0, None, None, None)))(xs, *args)
+    expected = jax.jit(jax.vmap(gradient(rounded(w, 8)), (0, None, None, None)))(xs, *args)
+    close(found, expected)
+
+
+def test_quantize_is_differentiable_in_given_scales() -> None:
+    """With the codes as they are: what a scale multiplies."""
+    matrix, scales = normal(K, N), np.full((N, K // GROUP), 0.3, np.float32)
+    run = lambda s: ap.quantize(matrix, 3, group_size=GROUP, scales=s).dequantize()  # noqa: E731
+    found = jax.jit(jax.grad(lambda s: run(s).sum()))(scales)
+    w = ap.quantize(matrix, 3, group_size=GROUP, scales=scales)
+    close(found, oracle.ints(codes_of(w), 3).reshape(N, -1, GROUP).sum(-1))
+
+
+def test_scales_play_no_part_in_integers() -> None:
+    w, codes = tensor(offsets=True), RNG.integers(0, 16, (M, K), np.uint8)
+    total = lambda s: 1.0 * ap.int_matmul(codes, dataclasses.replace(w, scales=s), 4).sum()  # noqa: E731
+    np.testing.assert_array_equal(jax.jit(jax.grad(total))(w.scales), np.zeros_like(w.scales))
 
 
 def test_gradients_pass_by_the_planes() -> None:
@@ -424,23 +510,32 @@ def test_remat() -> None:
 # --- control flow ---
 
 
-def test_scan_over_stacked_layers() -> None:
+@pytest.mark.parametrize("prepared", [False, True])
+def test_scan_over_stacked_layers(prepared: bool) -> None:
+    """Values and gradients, of the stacked scales too, with each layer computed anew."""
     codes = RNG.integers(0, 8, (4, K, K), np.uint8)
-    scales = np.full((4, K, 2), 0.02, np.float32)
+    scales = RNG.uniform(0.01, 0.03, (4, K, 2)).astype(np.float32)
     layers = ap.QuantizedTensor.from_codes(codes, scales, bits=3)
-    x = normal(M, K)
+    layers = layers.prepare() if prepared else layers
 
+    @jax.checkpoint
     def step(x: jax.Array, w: ap.QuantizedTensor) -> tuple[jax.Array, None]:
         return jnp.tanh(ap.matmul(x, w, act_bits=8)), None
 
-    run = jax.jit(lambda x, layers: jax.lax.scan(step, x, layers)[0])
-    y = x
-    for i in range(4):
-        y, _ = step(y, jax.tree.map(lambda v: v[i], layers))  # noqa: B023
-    close(run(x, layers), y)
-    grad = jax.jit(jax.grad(lambda x: run(x, layers).sum()))(x)
-    assert np.isfinite(grad).all()
-    assert (np.abs(grad) > 0).any()
+    def scanned(x: Any, scales: Any) -> jax.Array:
+        return jax.lax.scan(step, x, dataclasses.replace(layers, scales=scales))[0]
+
+    def unrolled(x: Any, scales: Any) -> jax.Array:
+        stacked = dataclasses.replace(layers, scales=scales)
+        for i in range(4):
+            x, _ = step(x, at(stacked, i))
+        return x
+
+    derive = lambda f: jax.jit(jax.value_and_grad(lambda *a: (f(*a) ** 2).sum(), (0, 1)))  # noqa: E731
+    x = normal(M, K)
+    found, expected = (derive(f)(x, layers.scales) for f in (scanned, unrolled))
+    close(found, expected)
+    assert all((np.abs(gradient) > 0).any() for gradient in found[1])
 
 
 def test_cond_and_while() -> None:
@@ -471,7 +566,7 @@ def test_zero_sizes_and_their_gradients(sizes: tuple[int, int, int], implementat
         y = f(x, bias)
         assert y.shape == (m, n)
         np.testing.assert_allclose(y, 2 + k, rtol=1e-5)
-        dx, db = jax.grad(lambda x, b: f(x, b).sum(), (0, 1))(x, bias)  # noqa: B023
+        dx, db = jax.jit(jax.grad(lambda x, b: f(x, b).sum(), (0, 1)))(x, bias)  # noqa: B023
         np.testing.assert_allclose(dx, np.full((m, k), n), rtol=1e-5)
         np.testing.assert_allclose(db, np.full(n, m))
 

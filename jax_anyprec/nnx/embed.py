@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype
+from flax.nnx.nn import dtypes
+from flax.typing import Dtype, PromoteDtypeFn
 
 from .. import ops
 from ..format import TILE, fields_to_planes
+from ..quantization import Quantization
 from ..tensor import QuantizedTensor, check_tensor, dequantize_rows
-from .packed import Packed
+from .linear import reshard
+from .metadata import NOTHING, metadata_of, packed
 
 
 class QuantEmbed(nnx.Module):
     """`nnx.Embed` with a packed table, which may also serve as the output head.
 
     Args:
-      embedding: `QuantizedTensor` of shape ``(features, num_embeddings)``.
+      embedding: `QuantizedTensor` of shape ``(features, num_embeddings)``, with leading axes in a
+        layer that is mapped or scanned over.
       activations, act_scales, implementation: for `attend`, as for `QuantLinear`.
-      dtype: dtype of the embeddings and of the scores (default float32).
+      dtype: dtype of the embeddings and of the scores (default: `param_dtype`).
+      param_dtype: dtype of the float table that this stands for.
+      promote_dtype, embedding_metadata: as for `nnx.Embed`.
     """
 
     def __init__(
@@ -32,40 +39,78 @@ class QuantEmbed(nnx.Module):
         act_scales: Literal["group", "token"] = "group",
         implementation: str | None = None,
         dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        embedding_metadata: Mapping[str, Any] = NOTHING,
     ):
         check_tensor(embedding, "embedding")
-        self.features, self.num_embeddings = embedding.shape
-        self.embedding = Packed(embedding)
+        self.features, self.num_embeddings = embedding.shape[-2:]
+        self.embedding = packed(embedding, embedding_metadata)
         self.activations = activations
         self.act_scales = act_scales
         self.implementation = implementation
-        self.dtype = dtype
+        self.dtype = dtype or param_dtype
+        self.param_dtype = param_dtype
+        self.promote_dtype = promote_dtype
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Token ids ``int[...]`` to embeddings ``[..., features]``; NaN for ids out of range."""
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise ValueError(f"inputs must be integers, got {inputs.dtype}")
         w = self.embedding.get_value()
+        if self.num_embeddings == 1:  # as in nnx.Embed, any id finds the only row
+            inputs = jnp.zeros_like(inputs)
         rows = dequantize_rows(*_rows_of(w, inputs.reshape(-1)), w.k)
         if w.rotation is not None:
             rows = w.rotation.invert(rows)
-        return rows.reshape(*inputs.shape, self.features).astype(self.dtype or jnp.float32)
+        (rows,) = self.promote_dtype((rows,), dtype=self.dtype, inexact=False)
+        return reshard(rows.reshape(*inputs.shape, self.features), out_sharding)
 
-    def attend(self, query: jax.Array) -> jax.Array:
+    def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Scores of ``[..., features]`` against every embedding, ``[..., num_embeddings]``."""
-        dtype = self.dtype or jnp.promote_types(query.dtype, jnp.float32)
-        return ops.matmul(
-            query.astype(dtype),
+        like_table = jnp.zeros((), self.param_dtype)  # takes the float table's part in promotion
+        query, _ = self.promote_dtype((query, like_table), dtype=self.dtype)
+        scores = ops.matmul(
+            query,
             self.embedding.get_value(),
             act_bits=self.activations,
             act_scales=self.act_scales,
             implementation=self.implementation,
         )
+        return reshard(scores, out_sharding)
 
     @classmethod
     def from_tensor(cls, embedding: QuantizedTensor, **options: Any) -> QuantEmbed:
         """A layer around a packed table ``(features, num_embeddings)``."""
         return cls(embedding, **options)
+
+    @classmethod
+    def from_embed(
+        cls, embed: nnx.Embed, quantization: Quantization, *, implementation: str | None = None
+    ) -> QuantEmbed:
+        """`embed` with its table quantized; dtypes, promotion and metadata stay."""
+        if not isinstance(embed, nnx.Embed):
+            raise TypeError(f"embed must be a flax.nnx.Embed, got {type(embed).__name__}")
+        return embed_like(
+            embed,
+            quantization.pack(embed.embedding.get_value().T),
+            implementation=implementation,
+            **quantization.layer_options,
+        )
+
+
+def embed_like(embed: nnx.Embed, table: QuantizedTensor, **options: Any) -> QuantEmbed:
+    """A `QuantEmbed` of a packed table ``(..., features, num_embeddings)``, and else as `embed`."""
+    rank = len(table.shape)
+    axes = [[axis] for axis in (*range(rank - 2), rank - 1, rank - 2)]
+    return QuantEmbed(
+        table,
+        dtype=embed.dtype,
+        param_dtype=embed.param_dtype,
+        promote_dtype=embed.promote_dtype,
+        embedding_metadata=metadata_of(embed.embedding, axes),
+        **options,
+    )
 
 
 def _rows_of(w: QuantizedTensor, ids: jax.Array) -> tuple[Any, Any, Any]:

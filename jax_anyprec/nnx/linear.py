@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -17,9 +16,7 @@ from ..format import check_bits
 from ..quantize import quantize
 from ..rotation import Rotation
 from ..tensor import QuantizedTensor, check_tensor
-from .packed import Packed
-
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+from .metadata import NOTHING, metadata_of, packed
 
 
 class QuantLinear(nnx.Module):
@@ -38,7 +35,8 @@ class QuantLinear(nnx.Module):
       precision: accepted for compatibility; sums are float32 over exact integers whatever it says.
       preferred_element_type: the output's dtype (default: that of the promoted inputs).
       kernel, bias: packed weights ``(in_features, out_features)`` and ``float[out_features]`` to
-        use instead of drawing new ones, which takes `rngs`.
+        use instead of drawing new ones, which takes `rngs`. Both may have leading axes, in a layer
+        that is mapped or scanned over.
     """
 
     def __init__(
@@ -70,20 +68,20 @@ class QuantLinear(nnx.Module):
         if activations is not None:
             activations = check_bits(activations, "activations")
         if kernel is None:
-            drawn = kernel_init(_key(rngs), (in_features, out_features), param_dtype)
+            drawn = kernel_init(draw_key(rngs), (in_features, out_features), param_dtype)
             kernel = quantize(
                 drawn, weights, group_size=group_size, scales=scales, rotation=rotation
             )
         check_tensor(kernel, "kernel")
-        if kernel.shape != (in_features, out_features):
+        if kernel.shape[-2:] != (in_features, out_features):
             raise ValueError(
                 f"kernel must have shape {(in_features, out_features)}, got {kernel.shape}"
             )
-        self.kernel = Packed(kernel, **kernel_metadata)
+        self.kernel = packed(kernel, kernel_metadata)
         self.bias: nnx.Param[jax.Array] | None
         if use_bias:
             if bias is None:
-                bias = bias_init(_key(rngs), (out_features,), param_dtype)
+                bias = bias_init(draw_key(rngs), (out_features,), param_dtype)
             self.bias = nnx.Param(bias, **bias_metadata)
         else:
             self.bias = nnx.data(None)
@@ -113,7 +111,7 @@ class QuantLinear(nnx.Module):
             out_dtype=self.preferred_element_type,
             implementation=self.implementation,
         )
-        return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+        return reshard(y, out_sharding)
 
     @classmethod
     def from_tensor(
@@ -122,15 +120,14 @@ class QuantLinear(nnx.Module):
         """A layer around packed weights ``(in_features, out_features)``.
 
         Args:
-          kernel: the weights; `options` can't say otherwise.
+          kernel: the weights, stacked ones too; `options` can't say otherwise.
           bias: ``float[out_features]`` or None for a layer without bias.
           options: `activations` and other arguments of the constructor.
         """
         check_tensor(kernel, "kernel")
-        features = kernel.shape
-        if len(features) != 2:
-            raise ValueError(f"kernel must have two axes, got shape {features}")
-        return cls(*features, kernel=kernel, bias=bias, use_bias=bias is not None, **options)
+        return cls(
+            *kernel.shape[-2:], kernel=kernel, bias=bias, use_bias=bias is not None, **options
+        )
 
     @classmethod
     def from_linear(
@@ -143,25 +140,42 @@ class QuantLinear(nnx.Module):
         rotation: Rotation | None = None,
         **options: Any,
     ) -> QuantLinear:
-        """`linear` with its kernel quantized; bias, dtypes and promotion stay as they are."""
+        """`linear` with its kernel quantized; bias, dtypes, promotion and metadata stay."""
         if not isinstance(linear, nnx.Linear):
             raise TypeError(f"linear must be a flax.nnx.Linear, got {type(linear).__name__}")
         kernel = quantize(
             linear.kernel[...], weights, group_size=group_size, scales=scales, rotation=rotation
         )
-        return cls.from_tensor(
-            kernel,
-            bias=None if linear.bias is None else linear.bias[...],
-            dtype=linear.dtype,
-            param_dtype=linear.param_dtype,
-            precision=linear.precision,
-            promote_dtype=linear.promote_dtype,
-            preferred_element_type=linear.preferred_element_type,
-            **options,
-        )
+        return linear_like(linear, kernel, **options)
 
 
-def _key(rngs: nnx.Rngs | None) -> jax.Array:
+def linear_like(linear: nnx.Linear, kernel: QuantizedTensor, **options: Any) -> QuantLinear:
+    """A `QuantLinear` of a packed kernel, stacked or not, and else as `linear`."""
+    metadata = metadata_of(linear.kernel)
+    return QuantLinear.from_tensor(
+        kernel, kernel_metadata=metadata, **kept_options(linear), **options
+    )
+
+
+def reshard(y: jax.Array, out_sharding: Any) -> jax.Array:
+    """`y` with the sharding that a layer was called with; None leaves it."""
+    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+
+def kept_options(layer: Any) -> dict[str, Any]:
+    """The arguments of a packed layer that are those of the float layer it takes the place of."""
+    return {
+        "bias": None if layer.bias is None else layer.bias.get_value(),
+        "bias_metadata": metadata_of(layer.bias),
+        "dtype": layer.dtype,
+        "param_dtype": layer.param_dtype,
+        "precision": layer.precision,
+        "promote_dtype": layer.promote_dtype,
+        "preferred_element_type": layer.preferred_element_type,
+    }
+
+
+def draw_key(rngs: nnx.Rngs | None) -> jax.Array:
     if rngs is None:
         raise TypeError("rngs must be an nnx.Rngs for a layer that draws its own kernel or bias")
     return rngs.params()

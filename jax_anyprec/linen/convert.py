@@ -1,0 +1,175 @@
+"""Planning and converting a Linen model: params in, params out, and a module that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.core import DenyList, FrozenDict, freeze
+
+from ..plan import Plan, make_plan
+from ..quantization import Quantization
+from ..rules import Rules
+from ..tensor import QuantizedTensor
+from .calls import Calls
+from .dense import COLLECTION
+from .find import LinenLayer, eval_shape, find_layers, flatten, stack_positions
+from .quantized import Quantized
+from .weights import PARAMS, Setting, box_like, unboxed
+
+
+def plan_linen(
+    module: nn.Module,
+    rules: Rules | Plan,
+    variables: Mapping[str, Any],
+    *inputs: Any,
+    errors: bool = True,
+    calls: Calls | None = None,
+    method: Callable[..., Any] | str | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """What `quantize_linen` would do. The model is run by shapes alone.
+
+    Args:
+      module, rules, variables, inputs, calls, method, kwargs: as for `quantize_linen`.
+      errors: whether to quantize each weight to measure its error; shapes have none.
+    """
+    layers = _find(module, variables, inputs, {**kwargs, "method": method}, calls)
+    return make_plan(layers, rules, errors=errors)
+
+
+def quantize_linen(
+    module: nn.Module,
+    rules: Rules | Plan,
+    variables: Mapping[str, Any],
+    *inputs: Any,
+    donate: bool = False,
+    calls: Calls | None = None,
+    method: Callable[..., Any] | str | None = None,
+    **kwargs: Any,
+) -> tuple[Quantized, Any]:
+    """Quantize the kernels of a Linen model as rules or a `Plan` say.
+
+    Args:
+      module: the model.
+      rules: see `jax_anyprec.rules`; or what `plan_linen` gave for this model.
+      variables: of the model; or shapes (``jax.eval_shape(module.init, ...)``), and then what
+        comes back is shapes too, for a checkpoint to be restored into.
+      inputs, method, kwargs: an example call, as ``module.init`` takes it without the rng: it shows
+        which layer multiplies by which weight. Arrays may be `jax.ShapeDtypeStruct`.
+      donate: delete each float kernel as soon as it is packed, so that no more is held than the
+        model and one layer. `variables` is of no use afterwards.
+      calls: what layers multiply that Flax does not have, ``{Einsum.__call__: describe}`` with
+        ``describe(module, *args) -> EinsumCall``.
+
+    Returns:
+      A `Quantized` module, which is called as `module` is, and its variables: each packed kernel
+      has left "params" for "packed", at the same path; all else is as it was.
+
+    Raises:
+      ValueError: rules do not fit, nothing would be quantized, variables are not the model's, or
+        the model uses a kernel in another way than by its layer's call.
+    """
+    call = {**kwargs, "method": method}
+    layers = _find(module, variables, inputs, call, calls)
+    plan = make_plan(layers, rules, errors=False)
+    chosen = [
+        (layer, planned.quantization)
+        for layer, planned in zip(layers, plan.layers, strict=True)
+        if planned.quantization is not None
+    ]
+    if not chosen:
+        raise ValueError(f"no layer would be quantized:\n{plan}")
+    quantized = Quantized(
+        module,
+        tuple(_setting(layer, quantization) for layer, quantization in chosen),
+        tuple((calls or {}).items()),
+    )
+    _check_runs(quantized, _converted(_shapes(variables), chosen), inputs, call)
+    return quantized, _converted(variables, chosen, donate=donate)
+
+
+def _find(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    inputs: Sequence[Any],
+    call: Mapping[str, Any],
+    calls: Calls | None,
+) -> list[LinenLayer]:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a flax.linen.Module, got {type(module).__name__}")
+    if not isinstance(variables, Mapping) or PARAMS not in variables:
+        raise TypeError(f"variables must be a mapping with {PARAMS!r}, got {_names(variables)}")
+    return find_layers(module, variables, inputs, call, calls or {})
+
+
+def _names(variables: Any) -> str:
+    return str(list(variables)) if isinstance(variables, Mapping) else type(variables).__name__
+
+
+def _setting(layer: LinenLayer, quantization: Quantization) -> Setting:
+    return Setting(
+        layer.scope, layer.name, layer.inner_shape, layer.dtype, layer.stack_axes, quantization
+    )
+
+
+def _converted(
+    variables: Mapping[str, Any],
+    chosen: Sequence[tuple[LinenLayer, Quantization]],
+    *,
+    donate: bool = False,
+) -> Any:
+    """Variables with the chosen kernels packed, one after another."""
+    params, packed = (dict(flatten(variables.get(name, {}))) for name in (PARAMS, COLLECTION))
+    for layer, quantization in chosen:
+        path = (*layer.scope, layer.name)
+        box = params.pop(path)
+        packed[path] = _pack(layer, quantization, box)
+        if donate and isinstance(kernel := unboxed(box), jax.Array):
+            kernel.delete()
+    converted = {**variables, PARAMS: _nest(params), COLLECTION: _nest(packed)}
+    return freeze(converted) if isinstance(variables, FrozenDict) else converted
+
+
+def _pack(layer: LinenLayer, quantization: Quantization, box: Any) -> QuantizedTensor:
+    weight = unboxed(box)
+    stack = stack_positions(layer.stack_axes, weight.ndim)
+    assert layer.product is not None
+    tensor = layer.holding(weight).pack(quantization)
+    # Waiting keeps the working memory of later layers from being taken before this one's is free.
+    return jax.block_until_ready(box_like(box, tensor, layer.product, stack))
+
+
+def _check_runs(
+    quantized: Quantized, variables: Any, inputs: Sequence[Any], call: Mapping[str, Any]
+) -> None:
+    """ValueError unless the example call works, by shapes, with variables that are shapes."""
+    options = {
+        **call,
+        "rngs": {PARAMS: jax.random.key(0)},
+        "mutable": DenyList((PARAMS, COLLECTION)),
+    }
+    try:
+        eval_shape(quantized.apply, variables, *inputs, **options)
+    except Exception as fault:
+        raise ValueError(
+            "the model fails with packed kernels; a rule can leave the layer in float whose "
+            f"kernel it uses in another way than by calling the layer: {fault}"
+        ) from fault
+
+
+def _shapes(variables: Mapping[str, Any]) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+
+
+def _nest(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Nested dicts of leaves by path."""
+    tree: dict[str, Any] = {}
+    for (*scope, name), leaf in leaves.items():
+        node = tree
+        for part in scope:
+            node = node.setdefault(part, {})
+        node[name] = leaf
+    return tree

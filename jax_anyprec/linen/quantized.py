@@ -1,0 +1,149 @@
+"""`Quantized`: a Linen module that runs with packed kernels where its variables have them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+
+from .. import einsum as einsums
+from ..nnx.embed import _rows_of
+from ..tensor import dequantize_rows
+from . import calls as described
+from .calls import Calls, EinsumCall
+from .dense import COLLECTION
+from .weights import PARAMS, PackedWeight, Setting, merge
+
+
+class Quantized(nn.Module):
+    """`module` with packed kernels: the same calls, the same paths of variables.
+
+    Kernels that `quantize` packed are in the collection "packed", at the paths at which "params"
+    had them. The calls of their layers are intercepted and multiply by them; all else runs as it
+    is. Methods and attributes of the module are here too, so ``apply(..., method="encode")`` works.
+    Variables without packed kernels run as in `module`, and `init` gives such.
+
+    Attributes:
+      module: the float model.
+      settings: what each packed kernel stands for; `quantize` makes them.
+      calls: descriptions of layers that Flax does not have, as pairs; see `quantize`.
+    """
+
+    module: nn.Module
+    settings: tuple[Setting, ...] = ()
+    calls: tuple[tuple[Callable[..., Any], described.Describe], ...] = ()
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.module)
+
+    # Not wrapped by Flax, so that captured intermediates have the module's own call alone.
+    @nn.nowrap
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run("__call__", args, kwargs)
+
+    def _run(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        def call(module: nn.Module) -> Any:
+            with nn.intercept_methods(interceptor(dict(self.calls))):
+                return getattr(module, method)(*args, **kwargs)
+
+        if self.scope is None or not self.variables.get(COLLECTION):
+            return getattr(self.module, method)(*args, **kwargs)
+        collections = (PARAMS, COLLECTION)
+        add = functools.partial(merge, settings=self.settings)
+        return nn.map_variables(call, collections, add)(self.module)
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """As `nn.Module.apply`; `method` may also be a method of the module's class."""
+        name = getattr(method, "__name__", "")
+        if method is not None and getattr(type(self.module), name, None) is method:
+            method = name
+        return super().apply(variables, *args, method=method, **kwargs)
+
+    @nn.nowrap
+    def __getattr__(self, name: str) -> Any:
+        module = self.__dict__.get("module")
+        if module is None or name.startswith("_"):
+            return super().__getattr__(name)
+        if not inspect.isfunction(inspect.getattr_static(type(module), name, None)):
+            return getattr(module, name)
+
+        def forward(self: Quantized, *args: Any, **kwargs: Any) -> Any:
+            return self._run(name, args, kwargs)
+
+        return types.MethodType(forward, self)
+
+
+def interceptor(calls: Calls) -> Callable[..., Any]:
+    """For `nn.intercept_methods`: runs the calls whose weight is a `PackedWeight`."""
+    functions = described.by_function(calls)
+
+    def intercept(
+        next_function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        function, module = described.called(context), context.module
+        weight: Any
+        if function in EMBED and module.has_variable(PARAMS, "embedding"):
+            weight = module.get_variable(PARAMS, "embedding")
+            if isinstance(weight, PackedWeight):
+                return EMBED[function](module, weight, *args, **kwargs)
+        elif function in functions:
+            call = described.describe_call(functions[function], module, args, kwargs)
+            weight = module.get_variable(PARAMS, call.weight)
+            if isinstance(weight, PackedWeight):
+                return multiply(module, call, weight)
+        return next_function(*args, **kwargs)
+
+    return intercept
+
+
+def multiply(module: nn.Module, call: EinsumCall, weight: PackedWeight) -> jax.Array:
+    """The output of a call, with a packed weight."""
+    setting = weight.setting
+    bias = None if call.bias is None else meta.unbox(module.get_variable(PARAMS, call.bias))
+    like_weight = jnp.zeros((), setting.dtype)
+    inputs, _, bias = call.promote(call.inputs, like_weight, bias)
+    return einsums.einsum(
+        call.spec,
+        inputs,
+        weight.tensor,
+        weight_shape=setting.shape,
+        bias=bias,
+        act_bits=setting.quantization.activations,
+        act_scales=setting.quantization.act_scales,
+        out_dtype=call.out_dtype,
+    )
+
+
+def _setup_embed(module: nn.Embed, weight: PackedWeight) -> None:
+    module.embedding = weight
+
+
+def _look_up(module: nn.Embed, weight: PackedWeight, inputs: jax.Array) -> jax.Array:
+    """Rows of a packed table, as `nn.Embed` takes them."""
+    if not jnp.issubdtype(inputs.dtype, jnp.integer):
+        raise ValueError(f"inputs must be integers, got {inputs.dtype}")
+    if module.num_embeddings == 1:
+        inputs = jnp.zeros_like(inputs)  # as nn.Embed does
+    w = weight.tensor
+    rows = dequantize_rows(*_rows_of(w, inputs.reshape(-1)), w.k)
+    if w.rotation is not None:
+        rows = w.rotation.invert(rows)
+    rows = rows.reshape(*inputs.shape, module.features).astype(weight.setting.dtype)
+    return cast(jax.Array, module.promote_dtype(rows, dtype=module.dtype, inexact=False)[0])
+
+
+EMBED: dict[Callable[..., Any], Callable[..., Any]] = {
+    described.plain(nn.Embed.setup): _setup_embed,
+    described.plain(nn.Embed.__call__): _look_up,
+}

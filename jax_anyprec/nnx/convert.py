@@ -1,0 +1,201 @@
+"""Finds the dense layers of an NNX model, and puts packed ones in their places."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from ..einsum import parse
+from ..plan import Layer, Plan, make_plan
+from ..quantization import Quantization
+from ..rules import Rules
+from ..tensor import SCALE_DTYPES, QuantizedTensor
+from .embed import embed_like
+from .general import einsum_like, general_like, spec_of
+from .linear import linear_like
+from .packed import Packed
+from .references import Reference, held, references
+
+
+def plan_nnx(model: nnx.Module, rules: Rules, *, errors: bool = True) -> Plan:
+    """See `jax_anyprec.plan`."""
+    return make_plan([found.layer for found in _find(model)], rules, errors=errors)
+
+
+def quantize_nnx(model: nnx.Module, rules: Rules | Plan) -> nnx.Module:
+    """See `jax_anyprec.quantize_model`; a model that is itself a layer is replaced."""
+    found = _find(model)
+    plan = make_plan([f.layer for f in found], rules, errors=False)
+    plan.require_quantized()
+    for planned in plan.layers:
+        # What was found goes as its layer is done, and the float weight with it.
+        layer = found.pop(0)
+        if planned.quantization is not None:
+            model = layer.convert(model, planned.quantization)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """A float layer of Flax that has a packed counterpart.
+
+    Args:
+      methods: what a subclass must leave as it is.
+      weight: the name of its weight.
+      spec: the product that it computes, see `jax_anyprec.einsum.parse`; rows don't matter.
+      shape: of its weight, without stacked layers.
+      special: what it does that its counterpart does not, or None.
+      packed: the counterpart with a packed weight.
+    """
+
+    methods: tuple[str, ...]
+    weight: str
+    spec: Callable[[Any], str]
+    shape: Callable[[Any], tuple[int, ...]]
+    special: Callable[[Any], str | None]
+    packed: Callable[[Any, QuantizedTensor, Quantization], nnx.Module]
+
+
+KINDS: dict[type[nnx.Module], _Kind] = {
+    nnx.Linear: _Kind(
+        methods=("__call__",),
+        weight="kernel",
+        spec=lambda layer: "k,kn->n",
+        shape=lambda layer: (layer.in_features, layer.out_features),
+        special=lambda layer: _other(layer, "dot_general", lax.dot_general),
+        packed=lambda layer, w, q: linear_like(layer, w, **q.layer_options),
+    ),
+    nnx.LinearGeneral: _Kind(
+        methods=("__call__",),
+        weight="kernel",
+        spec=spec_of,
+        shape=lambda layer: (*layer.batch_axis.values(), *layer.in_features, *layer.out_features),
+        special=lambda layer: _other(layer, "dot_general") or _other(layer, "dot_general_cls"),
+        packed=general_like,
+    ),
+    nnx.Einsum: _Kind(
+        methods=("__call__",),
+        weight="kernel",
+        spec=lambda layer: layer.einsum_str,
+        shape=lambda layer: tuple(layer.kernel_shape),
+        special=lambda layer: _other(layer, "einsum_op", jnp.einsum),
+        packed=einsum_like,
+    ),
+    nnx.Embed: _Kind(
+        methods=("__call__", "attend"),
+        weight="embedding",
+        spec=lambda layer: "k,nk->n",
+        shape=lambda layer: (layer.num_embeddings, layer.features),
+        special=lambda layer: None,
+        packed=lambda layer, w, q: embed_like(layer, w, **q.layer_options),
+    ),
+}
+
+
+def _other(layer: Any, name: str, usual: Any = None) -> str | None:
+    value = getattr(layer, name)
+    return None if value is None or value is usual else f"has a {name} of its own"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A module with parameters, and where the model refers to it."""
+
+    layer: Layer
+    module: nnx.Module
+    kind: _Kind | None
+    references: tuple[Reference, ...]
+
+    def convert(self, model: nnx.Module, quantization: Quantization) -> nnx.Module:
+        """The model with a packed layer in the place of this one."""
+        assert self.kind is not None
+        layer: Any = self.module
+        packed: Any = self.kind.packed(layer, self.layer.pack(quantization), quantization)
+        if hasattr(packed, "bias"):
+            packed.bias = layer.bias  # the variable itself, which may be shared
+        for reference in self.references:
+            reference.replace(packed)
+        return packed if self.module is model else model
+
+
+def _find(model: nnx.Module) -> list[_Found]:
+    """All modules that hold parameters, once each."""
+    to: dict[int, list[Reference]] = {id(model): []}
+    modules = [model]
+    for reference in references(model):
+        if id(reference.node) not in to and isinstance(reference.node, nnx.Module):
+            modules.append(reference.node)
+        to.setdefault(id(reference.node), []).append(reference)
+    return [_describe(module, to) for module in modules if _parameters(module)]
+
+
+def _describe(module: Any, to: dict[int, list[Reference]]) -> _Found:
+    """What rules and plans need to know of a module."""
+    parameters = _parameters(module)
+    base = next((t for t in KINDS if isinstance(module, t)), None)
+    kind = None if base is None else KINDS[base]
+    variable = max(parameters, key=_nbytes) if kind is None else getattr(module, kind.weight)
+    weight = variable.get_value()
+    path, *aliases = (r.path for r in to[id(module)]) if to[id(module)] else [""]
+    fields: dict[str, Any] = {
+        "path": path,
+        "aliases": tuple(aliases),
+        "kind": type(module).__name__,
+        "shape": tuple(getattr(weight, "shape", ())),
+        "dtype": str(getattr(weight, "dtype", "packed")),
+        "nbytes": sum(map(_nbytes, parameters)),
+        "obstacle": _obstacle(module, base, weight, to[id(variable)]),
+    }
+    if kind is not None and fields["obstacle"] is None:
+        product, shape = parse(kind.spec(module)), kind.shape(module)
+        stacked = len(weight.shape) - len(shape)
+        fields |= {
+            "matrix": (*weight.shape[:stacked], *product.packed_shape(shape)),
+            "stacked": stacked,
+            "weight": weight,
+            "matrices": product.matrices,
+        }
+    return _Found(Layer(**fields), module, kind, tuple(to[id(module)]))
+
+
+def _obstacle(module: Any, base: Any, weight: Any, holders: list[Reference]) -> str | None:
+    """Why a module can't be quantized, or None."""
+    name = type(module).__name__
+    if isinstance(weight, QuantizedTensor):
+        return "packed already"
+    if isinstance(module, nnx.Conv | nnx.ConvTranspose):
+        return "convolution"
+    if base is None:
+        return f"{name} has no packed form"
+    kind = KINDS[base]
+    for method in kind.methods:
+        if getattr(type(module), method) is not getattr(base, method):
+            return f"{name} overrides {method} of {base.__name__}"
+    if len(holders) > 1:
+        return f"its {kind.weight} is in other modules too: {', '.join(r.path for r in holders)}"
+    if str(weight.dtype) not in SCALE_DTYPES:
+        return f"weights of {weight.dtype} are not quantized"
+    expected = kind.shape(module)
+    if weight.shape[len(weight.shape) - len(expected) :] != expected:
+        return f"its {kind.weight} should have shape {expected} after any stacked axes"
+    try:
+        parse(kind.spec(module))
+    except ValueError as error:
+        return str(error)
+    return kind.special(module)
+
+
+def _parameters(module: nnx.Module) -> list[nnx.Variable[Any]]:
+    """The parameters and packed weights that a module holds itself."""
+    return [node for _, node in held(module) if isinstance(node, nnx.Param | Packed)]
+
+
+def _nbytes(variable: nnx.Variable[Any]) -> int:
+    leaves = jax.tree.leaves(variable.get_value())
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -1,0 +1,71 @@
+"""Where the modules and variables of an NNX model are referred to, and putting others there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+
+class Reference(NamedTuple):
+    """A module or variable in an attribute of a module, or in Python's containers there."""
+
+    path: str
+    parent: nnx.Module
+    attribute: str
+    node: nnx.Module | nnx.Variable[Any]
+
+    def replace(self, new: nnx.Module) -> None:
+        """Put `new` in the place of the node."""
+        value = _substitute(getattr(self.parent, self.attribute), self.node, new)
+        setattr(self.parent, self.attribute, value)
+
+
+def references(model: nnx.Module) -> Iterator[Reference]:
+    """All references in a model, in the order of attributes.
+
+    A shared module comes once for each reference to it; what it holds comes once.
+    """
+    yield from _references(model, (), {id(model)})
+
+
+def held(module: nnx.Module) -> Iterator[tuple[str, Any]]:
+    """The modules and variables that a module holds itself, by name ("layers/0" in a container)."""
+    for attribute, value in vars(module).items():
+        for keys, node in _nodes(value, (attribute,)):
+            yield "/".join(keys), node
+
+
+def _references(parent: nnx.Module, path: tuple[str, ...], seen: set[int]) -> Iterator[Reference]:
+    for attribute, value in vars(parent).items():
+        for keys, node in _nodes(value, (*path, attribute)):
+            yield Reference("/".join(keys), parent, attribute, node)
+            if isinstance(node, nnx.Module) and id(node) not in seen:
+                seen.add(id(node))
+                yield from _references(node, keys, seen)
+
+
+def _nodes(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, nnx.Module | nnx.Variable):
+        yield keys, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _nodes(item, (*keys, str(key)))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _nodes(item, (*keys, str(i)))
+
+
+def _substitute(value: Any, old: Any, new: Any) -> Any:
+    """`value` with `new` for `old`; dicts and lists are changed in place."""
+    if value is old:
+        return new
+    if isinstance(value, dict):
+        value.update({key: _substitute(item, old, new) for key, item in value.items()})
+    elif isinstance(value, list):
+        value[:] = [_substitute(item, old, new) for item in value]
+    elif isinstance(value, tuple):
+        items = [_substitute(item, old, new) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
