@@ -12,6 +12,7 @@ from .plan import Plan
 from .quantization import Quantization
 from .quantize import quantize
 from .rotation import Rotation
+from .sharding import local_part, partition_specs, shard, tensor_sharding
 from .tensor import QuantizedTensor, concatenate
 
 __version__ = "0.1.0"
@@ -32,16 +33,20 @@ __all__ = [
     "linen",
     "load",
     "load_into",
+    "local_part",
     "matmul",
     "nnx",
+    "partition_specs",
     "plan",
     "quantize",
     "quantize_activations",
     "quantize_model",
     "register_custom_calls",
     "save",
+    "shard",
     "static_fields",
     "status",
+    "tensor_sharding",
     "with_static_fields",
 ]
 

@@ -151,11 +151,11 @@ def _compile(rules: Any) -> list[_Rule]:
             raise ValueError(f"rule {pattern!r} must say how many bits: weights is None")
         if any(pattern == rule.pattern for rule in compiled):
             raise ValueError(f"rule {pattern!r} occurs twice")
-        compiled.append(_Rule(pattern, quantization, _expression(pattern)))
+        compiled.append(_Rule(pattern, quantization, pattern_expression(pattern)))
     return compiled
 
 
-def _expression(pattern: Any) -> re.Pattern[str]:
+def pattern_expression(pattern: Any) -> re.Pattern[str]:
     """What matches the paths of a pattern."""
     if not isinstance(pattern, str):
         raise TypeError(f"a pattern must be a string, got {pattern!r}")

@@ -90,23 +90,17 @@ def local_part(w: QuantizedTensor) -> QuantizedTensor:
 
 
 def _check_even(w: QuantizedTensor, axis: str, count: int) -> None:
-    size = w.shape[-2 if axis == "K" else -1]
     if axis == "K":
-        unit = math.lcm(
-            fmt.WORD_BITS if w.groups == 1 else w.group_size,
-            w.rotation.block if w.rotation else 1,
-        )
+        size, parts = w.shape[-2], f"words of {fmt.WORD_BITS}, scale groups and rotation blocks"
+        group = fmt.WORD_BITS if w.groups == 1 else w.group_size
+        unit = math.lcm(group, w.rotation.block if w.rotation else 1)
     else:
+        size, parts = w.shape[-1], f"tiles of {fmt.TILE} columns of a prepared tensor"
         unit = fmt.TILE if w.prepared else 1
-    if count == 1 or size % (unit * count) == 0:
-        return
-    even = -(-size // (unit * count)) * unit * count
-    reason = {
-        ("K", True): f"whole words of {fmt.WORD_BITS}, scale groups and rotation blocks",
-        ("N", True): f"whole tiles of {fmt.TILE} columns of a prepared tensor",
-    }.get((axis, unit > 1), "")
-    raise ValueError(
-        f"{axis} = {size} can't be cut in {count} parts: each must be a multiple of {unit}"
-        + (f" ({reason})" if reason else "")
-        + f"; pad {axis} to {even}"
-    )
+    if count > 1 and size % (unit * count):
+        even = -(-size // (unit * count)) * unit * count
+        raise ValueError(
+            f"{axis} = {size} can't be cut in {count} parts: each must be a multiple of {unit}"
+            + (f" (whole {parts})" if unit > 1 else "")
+            + f"; pad {axis} to {even}"
+        )

@@ -1,13 +1,16 @@
-"""Fixtures shared by all tests: the real models and texts, found or fetched."""
+"""What all tests share: eight CPU devices, and the real models and texts, found or fetched."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
 from jax_anyprec import fetch
+
+jax.config.update("jax_num_cpu_devices", 8)  # one computes, unless a test asks for more
 
 
 def obtain(name: str) -> Path:

@@ -1,0 +1,74 @@
+"""How models lie on the devices of a mesh: partition rules, and placing a model by them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jax_anyprec as ap
+from jax_anyprec.rules import pattern_expression
+
+COLUMN = PartitionSpec(None, "model")
+"""Each device has some output features; nothing is communicated."""
+ROW = PartitionSpec("model", None)
+"""Each device has some input features; the devices' products are summed."""
+
+TENSOR_PARALLEL: Mapping[str, PartitionSpec] = {
+    "layers/*/attention/qkv/layers/*": COLUMN,
+    "layers/*/attention/output": ROW,
+    "layers/*/feed_forward/gate_up/layers/*": COLUMN,
+    "layers/*/feed_forward/down": ROW,
+    "embed": COLUMN,
+    "head": COLUMN,
+}
+"""Of `Llama`: two sums over devices a layer. Heads stay whole where the mesh divides them."""
+
+
+def shard_model(
+    model: nnx.Module, mesh: Mesh, rules: Mapping[str, PartitionSpec] = TENSOR_PARALLEL
+) -> None:
+    """Place the weights of `model` on `mesh`, in place.
+
+    Args:
+      model: float or packed. `Projections` should not be merged: cuts would not lie between heads.
+      mesh: may span processes, each of which calls this with the same model.
+      rules: pattern of a module's path (as for `jax_anyprec.quantize_model`) -> spec of its matrix
+        ``(K, N)``; of an embedding, ``(features, vocabulary)``. The first that matches decides; all
+        other weights lie on every device.
+
+    Raises:
+      ValueError: a size can't be cut evenly; the message has the path, and for packed weights what
+        to pad.
+    """
+    expressions = [(pattern_expression(pattern), spec) for pattern, spec in rules.items()]
+    for path, module in nnx.iter_modules(model):
+        name = "/".join(map(str, path))
+        spec = next((s for e, s in expressions if e.fullmatch(name)), PartitionSpec())
+        for variable in vars(module).values():
+            if isinstance(variable, nnx.Variable):
+                try:
+                    variable.set_value(_place(variable.get_value(), module, mesh, spec))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+
+
+def _place(value: Any, module: nnx.Module, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """A variable's value on the mesh; `spec` is of the matrix of its module."""
+    if isinstance(value, ap.QuantizedTensor):
+        return jax.tree.map(put_global, value, ap.tensor_sharding(value, mesh, spec))
+    if value.ndim == 1:  # a bias or the scale of a norm lies along N
+        spec = PartitionSpec(*spec[1:])
+    elif isinstance(module, nnx.Embed):  # [vocabulary, features]
+        spec = PartitionSpec(*reversed((*spec, *[None] * (2 - len(spec)))))
+    return put_global(value, NamedSharding(mesh, spec))
+
+
+def put_global(value: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`value`, which every process has whole, on devices that may be of several processes."""
+    whole = np.asarray(value)
+    return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
