@@ -790,6 +790,22 @@ found = ap.load_into(abstract["row"], path)
 assert found.offsets.sharding == row.scales
 found = ap.load(path, sharding=at())
 assert found.planes.sharding == at() and jnp.array_equal(found.offsets, w.scales)
+
+# An abstract module knows the shape of its mesh; the devices are those of `set_mesh`.
+init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "x"))
+make = lambda: nnx.Linear(8, 8, kernel_init=init, rngs=nnx.Rngs(0))
+with jax.set_mesh(mesh):
+    linear, abstract = make(), nnx.eval_shape(make)
+    ap.save(path, linear)
+try:
+    ap.load_into(abstract, path)
+    raise AssertionError("this mesh has no devices")
+except ValueError as error:
+    assert "is for a mesh without devices" in str(error) and "or pass sharding" in str(error)
+with jax.set_mesh(mesh):
+    ap.load_into(abstract, path)
+assert abstract.kernel[...].sharding == at(None, "x")
+assert jnp.array_equal(abstract.kernel[...], linear.kernel[...])
 print("ok")
 """
 
