@@ -156,8 +156,9 @@ def _checked(sharding: Any, name: str) -> jax.sharding.Sharding | None:
         raise TypeError(
             f"sharding of {name} must be a jax.sharding.Sharding or None, got {sharding!r}"
         )
-    named = isinstance(sharding, jax.sharding.NamedSharding)
-    if not named or not isinstance(sharding.mesh, jax.sharding.AbstractMesh):
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    if not isinstance(sharding.mesh, jax.sharding.AbstractMesh):
         return sharding
     mesh = jax.sharding.get_mesh()
     if mesh.abstract_mesh != sharding.mesh:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -817,6 +818,18 @@ def test_four_devices_each_read_their_part(path) -> None:
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.stdout.strip() == "ok", done.stderr
+
+
+def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text("utf-8")
+    values: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(compile(block, "checkpoints.md", "exec"), values)
+    up = values["model"].up.kernel.get_value()
+    same(values["small"].up.kernel.get_value(), up.truncate(2))
+    same(ap.load("model.safetensors")["up"]["kernel"], up)
+    assert in_file(tmp_path / "prepared.safetensors", values["fast"]["up"].planes)
 
 
 # Files from outside of the library
