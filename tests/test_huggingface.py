@@ -165,6 +165,11 @@ def test_generation_is_the_full_forward(name):
     assert list(generate(model, list(range(3, 14)), max_tokens=8)) == expected
 
 
+def test_only_decoders_generate():
+    with pytest.raises(TypeError, match="model must be a decoder, such as Llama, got Linear"):
+        generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [1])
+
+
 def test_bfloat16():
     tokens, expected = reference("gemma2")
     model = load_huggingface(DATA / "gemma2", dtype=jnp.bfloat16).model
