@@ -23,6 +23,7 @@ from jax_anyprec.gptq import (
     CheckpointError,
     Scheme,
     linear_names,
+    linear_shape,
     open_folder,
     read_linear,
     read_permuted,
@@ -143,7 +144,9 @@ def test_gptq(bits, group_size, layout):
     low = 1 if layout == "gptq" else 0
     w = random_weights(bits, group_size=group_size, zeros=(low, 2**bits))
     tensors = pack_gptq(w, minus_one=layout == "gptq")
-    check(read_linear(tensors, "layer", Scheme(layout, bits, group_size)), w)
+    scheme = Scheme(layout, bits, group_size)
+    check(read_linear(tensors, "layer", scheme), w)
+    assert linear_shape(tensors, "layer", scheme) == (K, N)
 
 
 @pytest.mark.parametrize("group_size", [GROUP, None])
