@@ -199,11 +199,10 @@ class QuantLinearGeneral(QuantEinsum):
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:  # type: ignore[override]
         """``[...]`` to ``[batch..., ..., *out_features]``."""
         product = parse(self.einsum_str)
-        indices: dict[int, str] = dict(zip(self.batch_axis, product.batch, strict=True))
-        for axis, index in zip(self.axis, product.contracted, strict=True):
-            if not -inputs.ndim <= axis < inputs.ndim or axis % inputs.ndim in indices:
-                raise ValueError(f"inputs must have the axes {self.axis}, got shape {inputs.shape}")
-            indices[axis % inputs.ndim] = index
+        if any(not -inputs.ndim <= axis < inputs.ndim for axis in self.axis):
+            raise ValueError(f"inputs must have the axes {self.axis}, got shape {inputs.shape}")
+        axes = sorted(axis % inputs.ndim for axis in self.axis)  # in this order, as in Flax
+        indices = dict(zip([*self.batch_axis, *axes], product.packed, strict=False))
         free = (i for i in string.ascii_letters if i not in product.weight)
         rows = {axis: next(free) for axis in range(inputs.ndim) if axis not in indices}
         x = "".join({**indices, **rows}[axis] for axis in range(inputs.ndim))
