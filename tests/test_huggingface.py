@@ -508,6 +508,18 @@ def test_tensors_of_a_folder():
         folder.tensor("none")
 
 
+def test_summary(tmp_path):
+    folder = copy("qwen3", tmp_path / "more")
+    rewrite(folder, mask=np.zeros((2, 3), bool), ids=np.zeros(5, np.int64))
+    summary = Folder(folder).summary()
+    weights = load_file(folder / WEIGHTS_FILE)
+    assert summary.nbytes == sum(x.nbytes for x in weights.values())
+    assert summary.tensors_by_type == {"BF16": len(weights) - 2, "BOOL": 1, "I64": 1}
+    assert (summary.bytes_by_type["BOOL"], summary.bytes_by_type["I64"]) == (6, 40)
+    assert summary.metadata["model_type"] == "qwen3"
+    assert {t["name"]: t["shape"] for t in summary.tensors}["mask"] == (2, 3)
+
+
 def test_values_of_settings():
     found = Settings({"a": 1, "b": None, "c": {"d": True}}, "where")
     assert isinstance(found.get("a", float), float)
