@@ -93,20 +93,18 @@ class TensorInfo:
     """A tensor of a folder.
 
     Args:
-      name: in its file.
       shape: as in the file.
       type: name of its dtype in safetensors, "F32" say.
       file: name of the file that holds it.
     """
 
-    name: str
     shape: tuple[int, ...]
     type: str
     file: str
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file: the number in the type's name is of bits; BOOL has none and takes 8."""
+        """Bytes in the file: the number in a type's name is of bits; BOOL has none, for 8."""
         bits = re.search(r"\d+", self.type)
         return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
@@ -170,7 +168,7 @@ class Folder:
                     raise self._error(f"has {name!r} in {self.tensors[name].file} and in {file}")
                 part = opened.get_slice(name)
                 shape, kind = tuple(part.get_shape()), str(part.get_dtype())
-                self.tensors[name] = TensorInfo(name, shape, kind, file)
+                self.tensors[name] = TensorInfo(shape, kind, file)
         if index is not None:
             self._check_index(index)
 
@@ -221,7 +219,8 @@ class Folder:
             counts[info.type] += 1
             sizes[info.type] += info.nbytes
         tensors = tuple(
-            {**dataclasses.asdict(info), "nbytes": info.nbytes} for info in self.tensors.values()
+            {"name": name, **dataclasses.asdict(info), "nbytes": info.nbytes}
+            for name, info in self.tensors.items()
         )
         return Summary(
             dict(self.config.values), tensors, dict(counts), dict(sizes), sum(sizes.values())
