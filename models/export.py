@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -21,6 +20,7 @@ from jax_anyprec.safetensors import Tensor, replace_files
 
 from . import bert_huggingface, gpt2_huggingface, llama_huggingface
 from .bert import BertConfig
+from .columns import take_columns
 from .gpt2 import GPT2Config
 from .llama import LlamaConfig
 from .loading import Change, LoadedModel, Row, add_one, find, pair_neighbours, transpose
@@ -169,7 +169,7 @@ def _parameter(model: nnx.Module, path: str) -> np.ndarray:
         module, columns = find(model, place), slice(None)
     value = getattr(module, parameter).get_value()
     if isinstance(value, ap.QuantizedTensor):
-        values = np.asarray(_columns(value, columns).dequantize())
+        values = np.asarray(take_columns(value, columns).dequantize())
         return values.T if parameter == "embedding" else values
     return np.asarray(value, np.float32)[..., columns]
 
@@ -182,17 +182,6 @@ def _projection(projections: Projections, index: int) -> tuple[nnx.Module, slice
             return layer, slice(start, start + widths[index])
         index -= len(widths)
     raise IndexError(f"there is no projection {index} past the last")
-
-
-def _columns(w: ap.QuantizedTensor, columns: slice) -> ap.QuantizedTensor:
-    """Some columns of a packed matrix, in planes and NumPy arrays."""
-    w = jax.tree.map(np.asarray, w).restore()
-    return dataclasses.replace(
-        w,
-        planes=w.planes[..., columns, :],
-        scales=w.scales[..., columns, :],
-        offsets=None if w.offsets is None else w.offsets[..., columns, :],
-    )
 
 
 def _subtract_one(x: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
