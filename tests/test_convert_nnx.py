@@ -89,6 +89,7 @@ def test_a_model_is_converted_in_place() -> None:
     ):  # fmt: skip
         assert type(layer) is ap.nnx.QuantLinear
     assert type(model.blocks[0].attention.query) is ap.nnx.QuantLinearGeneral
+    assert model.blocks[0].attention.query.kernel.shape == (D, 4, 16)
     assert model.again is model.more.first
     assert model.stem is conv
     assert model.embed is embed
@@ -102,6 +103,7 @@ def test_embeddings_are_converted_when_they_are_named_and_tied_heads_with_them()
     expected = model(IDS)[0]
     ap.quantize_model(model, {"embed": ap.Quantization(weights=8, activations=8)})
     assert type(model.embed) is ap.nnx.QuantEmbed
+    assert model.embed.embedding.shape == (40, D)
     assert type(model.blocks[0].mlp.layers[0]) is nnx.Linear
     assert error(model(IDS)[0], expected) < 0.02
 
@@ -175,6 +177,7 @@ def test_stacked_layers_become_stacked_tensors() -> None:
     }  # fmt: skip
     ap.quantize_model(stack, plan)
     assert stack.down.kernel.get_value().shape == (3, D, D)
+    assert stack.down.kernel.shape == (3, 4, 16, D)
     expected = x
     for layer in each:
         expected = ap.quantize_model(layer, W4)(expected)

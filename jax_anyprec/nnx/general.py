@@ -19,7 +19,7 @@ from ..einsum import Product, einsum, pack_einsum, parse
 from ..quantization import Quantization
 from ..tensor import QuantizedTensor, check_tensor
 from .linear import draw_key, kept_options, reshard
-from .metadata import NOTHING, metadata_of, packed
+from .metadata import NOTHING, folded, metadata_of
 
 NO_AXES: Mapping[int, int] = MappingProxyType({})
 FOUR_BITS = Quantization(weights=4, activations=None)
@@ -70,7 +70,7 @@ class QuantEinsum(nnx.Module):
         check_tensor(kernel, "kernel")
         if kernel.shape[-len(expected) :] != expected:
             raise ValueError(f"kernel must have shape {expected}, got {kernel.shape}")
-        self.kernel = packed(kernel, kernel_metadata)
+        self.kernel = folded(kernel, kernel_metadata, kernel_shape, len(expected))
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
         if bias_shape is not None:
             sizes = product.sizes(kernel_shape)
