@@ -3,8 +3,10 @@
 from jax_anyprec.quantization import Quantization
 
 from .architectures import load_huggingface
+from .export import export_huggingface
 from .generate import generate
 from .huggingface import HuggingFaceError
+from .huggingface_packed import load_packed
 from .llama import Cache, Llama, LlamaConfig
 from .llama_gguf import load_gguf
 from .loading import LoadedModel, WeightBytes, weight_bytes
@@ -21,9 +23,11 @@ __all__ = [
     "Quantization",
     "Tokenizer",
     "WeightBytes",
+    "export_huggingface",
     "generate",
     "load_gguf",
     "load_huggingface",
+    "load_packed",
     "merge_projections",
     "weight_bytes",
 ]
