@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -131,3 +132,18 @@ def test_folders_that_are_refused(tmp_path):
     (path / "config.json").write_bytes((LLAMA / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match=r"m has no quantization_config in config.json"):
         load_packed(path)
+
+
+def test_examples_of_the_docs_run(tmp_path, monkeypatch):
+    _, layers = write_packed(tmp_path / "folder", "awq")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "importing.md").read_text("utf-8")
+    examples = re.findall(r"^```python.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "docs/importing.md", "exec"), {})
+    exported = load_file("float-folder/model.safetensors")
+    single = load_file("float.safetensors")
+    assert single.keys() == {f"{layer}.weight" for layer in layers}
+    for name, value in single.items():
+        np.testing.assert_array_equal(exported[name], value.astype("bfloat16"))
