@@ -325,6 +325,7 @@ def deep(levels: int) -> Any:
         ),
         ({"w": packed(), "w.planes": np.ones(2)}, ValueError, "stored as 'w.planes'"),
         ({"__metadata__": np.ones(2)}, ValueError, "no leaf can be stored as '__metadata__'"),
+        ({"a" * 1001: np.ones(2)}, ValueError, "no leaf can be stored as 'aaa"),
         ({"$x": np.ones(2)}, ValueError, r"keys must all be strings .* got '\$x' in tensor"),
         ({"a": {1.5: np.ones(2)}}, ValueError, "keys must all be strings .* got 1.5 in a"),
         ({"a": {1: np.ones(2), "b": np.ones(2)}}, ValueError, "sorting pytree dictionary keys"),
@@ -608,12 +609,21 @@ def test_bad_manifests_as_text(path) -> None:
         ("[" * 100000, "the manifest is not JSON"),
         ('{"version":' + "9" * 5000 + "}", "the manifest is not JSON"),
         ("[]", "the manifest must be an object with version and tree"),
-        ('{"version":1,"tree":{},"more":1}', "must be an object with version and tree"),
+        ('{"version":1,"tree":{},"more":1}', "must have version and tree, nothing else"),
+        ('{"version":3,"tree":{},"more":1}', "has version 3 of the format"),
+        ('{"tree":{}}', "has version None of the format"),
         ('{"version":1,"tree":{},"tree":{}}', "the manifest has the name 'tree' twice"),
         ('{"version":2,"tree":{}}', "has version 2 of the format, this library reads 1"),
         ('{"version":true,"tree":{}}', "has version True of the format"),
-        ('{"version":1,"tree":' + "[" * 80 + "]" * 80 + "}", "deeper than the 64 levels"),
-        ('{"version":1,"tree":' + '{"a":[' * 300 + "]}" * 300 + "}", "deeper than the 64 levels"),
+        (
+            '{"version":1,"tree":' + "[" * 80 + "]" * 80 + "}",
+            "is deeper than 64 levels or longer than 1000",
+        ),
+        ('{"version":1,"tree":{"' + "a" * 10**5 + '":[' + "[]," * 10**5 + "[]]}}", "than 1000"),
+        (
+            '{"version":1,"tree":' + '{"a":[' * 300 + "]}" * 300 + "}",
+            "is deeper than 64 levels or longer than 1000",
+        ),
     ):
         change_manifest(path, text)
         with pytest.raises(ap.CheckpointError, match=message):
