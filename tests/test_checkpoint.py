@@ -9,6 +9,7 @@ import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,18 @@ def test_concurrent_saves_do_not_mix(path) -> None:
         for save in saves:
             save.result()
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("keep_prepared", [False, True])
+def test_a_save_holds_few_tensors_at_a_time(path, keep_prepared) -> None:
+    w = packed(4, k=512, n=256, bits=8).prepare()
+    tree = [w] * 16
+    tracemalloc.start()
+    ap.save(path, tree, keep_prepared=keep_prepared)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert path.stat().st_size > 16 * w.planes.nbytes
+    assert peak < 5 * w.planes.nbytes
 
 
 def test_files_of_two_saves_are_not_taken_for_one(path) -> None:
