@@ -18,8 +18,9 @@ import jax_anyprec as ap
 from jax_anyprec.gptq import CheckpointError
 from jax_anyprec.models import HuggingFaceError, Quantization
 from jax_anyprec.models.export import huggingface_tensors
-from jax_anyprec.models.huggingface_packed import load_packed
+from jax_anyprec.models.huggingface_packed import PackedFolder, load_packed
 
+DAMAGED = 200
 LLAMA = Path(__file__).parent / "data" / "huggingface" / "llama"
 QUANTIZED = {
     "gptq": (pack_gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32}),
@@ -147,3 +148,27 @@ def test_examples_of_the_docs_run(tmp_path, monkeypatch):
     assert single.keys() == {f"{layer}.weight" for layer in layers}
     for name, value in single.items():
         np.testing.assert_array_equal(exported[name], value.astype("bfloat16"))
+
+
+def test_damaged_folders_never_crash(tmp_path):
+    path = tmp_path / "m"
+    write_packed(path, "gptq")
+    files = {name: (path / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    header = 8 + int.from_bytes(files["model.safetensors"][:8], "little")
+    rng = np.random.default_rng(0)
+    outcomes = {True: 0, False: 0}
+    for _ in range(DAMAGED):
+        for name, whole in files.items():
+            damaged = bytearray(whole)
+            for _ in range(rng.integers(1, 3)):
+                place = rng.integers(header if rng.integers(2) else len(whole)) % len(whole)
+                damaged[place] = rng.choice([0, 0x22, 0x30, 0x39, 0x7F, 0xFF, rng.integers(256)])
+            (path / name).write_bytes(damaged)
+        try:
+            folder = PackedFolder(path)
+            for name in folder.tensors:
+                folder.packed(name)
+            outcomes[True] += 1
+        except (CheckpointError, HuggingFaceError):
+            outcomes[False] += 1
+    assert min(outcomes.values()) > DAMAGED // 20
