@@ -19,8 +19,14 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jax_anyprec as ap
-from jax_anyprec.models import HuggingFaceError, Quantization, load_huggingface, weight_bytes
-from jax_anyprec.models.bert import Bert, BertConfig
+from jax_anyprec.models import (
+    Bert,
+    BertConfig,
+    HuggingFaceError,
+    Quantization,
+    load_huggingface,
+    weight_bytes,
+)
 
 FOLDER = Path(__file__).parent / "data" / "huggingface" / "bert"
 REFERENCE = np.load(FOLDER / "reference.npz")

@@ -20,14 +20,15 @@ from safetensors.numpy import load_file, save_file
 
 import jax_anyprec as ap
 from jax_anyprec.models import (
+    GPT2,
     Cache,
+    GPT2Config,
     HuggingFaceError,
     Quantization,
     generate,
     load_huggingface,
     weight_bytes,
 )
-from jax_anyprec.models.gpt2 import GPT2, GPT2Config
 
 FOLDER = Path(__file__).parent / "data" / "huggingface" / "gpt2"
 REFERENCE = np.load(FOLDER / "reference.npz")

@@ -15,8 +15,15 @@ import pytest
 from scipy import stats
 from tokenizers import Tokenizer
 
-from jax_anyprec.models import HuggingFaceError, Quantization, load_huggingface, weight_bytes
-from jax_anyprec.models.sentences import SentenceEncoder, load_sentence_encoder, mean_embedding
+from jax_anyprec.models import (
+    HuggingFaceError,
+    Quantization,
+    SentenceEncoder,
+    load_huggingface,
+    load_sentence_encoder,
+    weight_bytes,
+)
+from jax_anyprec.models.sentences import mean_embedding
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "huggingface" / "bert"
