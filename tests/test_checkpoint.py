@@ -573,6 +573,17 @@ def test_bad_lengths(path, start, message) -> None:
         ap.load(path)
 
 
+def test_a_file_that_grows_while_it_is_opened(path, monkeypatch) -> None:
+    ap.save(path, {})
+
+    def grow(self: layer.SafetensorsFile) -> None:
+        path.write_bytes(path.read_bytes() + b"x")
+
+    monkeypatch.setattr(layer.SafetensorsFile, "_check_structure", grow)
+    with pytest.raises(ap.CheckpointError, match="changed while it was opened"):
+        ap.load(path)
+
+
 def static(**change: Any) -> dict[str, Any]:
     return {"$packed": {"k": K, "group_size": GROUP, "rotation": None, "columns": None} | change}
 
