@@ -382,6 +382,21 @@ def test_positions_of_stacked_axes(insertions: tuple[int, ...]) -> None:
     assert [x.shape[axis] for axis in positions] == [3, 2][-len(insertions) :][: len(insertions)]
 
 
+def test_decoding_with_a_cache() -> None:
+    """The example call that makes the cache is longer than those that use it."""
+    model, x = nn.MultiHeadDotProductAttention(2, decode=True), normal(1, 4, D)
+    variables = model.init(KEY, x)
+    quantized, packed = quantize_linen(model, W8, variables, x)
+    cache = {"cache": variables["cache"]}
+    for i in range(2):
+        step = x[:, i : i + 1]
+        expected, cache = model.apply({**variables, **cache}, step, mutable=["cache"])
+        found, state = quantized.apply(packed, step, mutable=["cache"])
+        packed = {**packed, **state}
+        assert error(found, expected) < 0.02
+    assert int(packed["cache"]["cache_index"]) == 2
+
+
 # --- what is found ---
 
 
