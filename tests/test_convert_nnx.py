@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -535,3 +537,13 @@ def test_bad_arguments_of_the_layers() -> None:
     ):
         with pytest.raises(TypeError, match=f"{name}, got Linear"):
             convert(layer, W8)
+
+
+def test_the_examples_of_the_documentation_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[1] / "docs" / "conversion.md"
+    text = page.read_text("utf-8")
+    names: dict[str, Any] = {"__name__": "conversion"}
+    for block in re.findall(r'^```python title="conversion"\n(.*?)^```', text, re.M | re.S):
+        exec(compile(block, str(page), "exec"), names)
+    assert 'rule "blocks/0/**"' in capsys.readouterr().out
+    assert names["model"].blocks[1].up.kernel.get_value().prepared
