@@ -7,7 +7,7 @@ import gc
 import inspect
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,11 @@ class Block(nnx.Module):
         return x + self.mlp(x)
 
 
+class Pair(NamedTuple):
+    layer: Any
+    activation: Any
+
+
 class Model(nnx.Module):
     """A transformer with layers in all containers, and two that are shared."""
 
@@ -62,7 +67,13 @@ class Model(nnx.Module):
         self.stem = nnx.Conv(D, D, (3,), rngs=rngs)
         self.blocks = nnx.List([Block(rngs) for _ in range(2)])
         self.more = nnx.Dict(first=linear(1))
-        self.containers = nnx.data({"list": [linear(2)], "tuple": (linear(3), nnx.relu)})
+        self.containers = nnx.data(
+            {
+                "list": [linear(2)],
+                "tuple": (linear(3), nnx.relu),
+                "named": Pair(linear(5), nnx.relu),
+            }
+        )
         self.again = self.more.first
         self.router = linear(4, 4)
 
@@ -87,7 +98,7 @@ def test_a_model_is_converted_in_place() -> None:
         assert error(found, value) < 0.03
     for layer in (
         model.more.first, model.containers["list"][0], model.containers["tuple"][0],
-        model.blocks[1].mlp.layers[0],
+        model.containers["named"].layer, model.blocks[1].mlp.layers[0],
     ):  # fmt: skip
         assert type(layer) is ap.nnx.QuantLinear
     assert type(model.blocks[0].attention.query) is ap.nnx.QuantLinearGeneral
