@@ -95,6 +95,9 @@ def loss(model: ByteModel, windows: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
+compiled_loss = nnx.jit(loss)
+
+
 def train(model: ByteModel, text: np.ndarray, steps: int, rate: float, config: Config) -> None:
     """Adam on random windows of `text`, in place; the rate falls to 0 by a cosine."""
     schedule = optax.warmup_cosine_decay_schedule(0, rate, min(50, steps // 10 + 1), steps + 1)
@@ -118,8 +121,7 @@ def evaluate(model: ByteModel, text: np.ndarray, config: Config) -> float:
     """Loss on windows evenly spaced over `text`."""
     starts = np.linspace(0, len(text) - config.context - 1, config.evaluation_windows).astype(int)
     windows = text[starts[:, None] + np.arange(config.context + 1)]
-    measure = nnx.jit(loss)
-    return float(np.mean([measure(model, batch) for batch in np.split(windows, 8)]))
+    return float(np.mean([compiled_loss(model, batch) for batch in np.split(windows, 8)]))
 
 
 def replace(model: ByteModel, kind: type, convert: Callable[[Any], nnx.Module]) -> ByteModel:

@@ -43,6 +43,7 @@ __all__ = [
     "quantize_model",
     "register_custom_calls",
     "save",
+    "save_dequantized",
     "shard",
     "static_fields",
     "status",
@@ -57,6 +58,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f".{name}", __name__)
     if name in ("CheckpointError", "load", "load_into", "save"):
         return getattr(importlib.import_module(".checkpoint", __name__), name)
+    if name == "save_dequantized":
+        return importlib.import_module(".export_float", __name__).save_dequantized
     if name in ("static_fields", "with_static_fields"):
         return getattr(importlib.import_module(".static", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,7 +43,7 @@ def quantize_model(model: Any, rules: Rules | Plan, *example: Any, **options: An
       model: as for `plan`. An NNX model is changed in place, layer by layer; one of shapes becomes
         a packed one of shapes, for a checkpoint to be restored into.
       rules: rules, or a plan that was made for this model.
-      example, options: for Linen as for `jax_anyprec.linen.convert.quantize_linen`; for NNX nothing.
+      example, options: for Linen, see `jax_anyprec.linen.convert.quantize_linen`; for NNX none.
 
     Returns:
       NNX: the model. Linen: a module and its variables.

@@ -32,8 +32,8 @@ DEFAULT_ALIGNMENT = 32
 EXACT_TYPES = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q8_0")
 """Types that `GGUFFile.packed` imports without loss, all with groups of 32 values.
 
-Q2_K, Q3_K and Q6_K have a scale for every 16 values, less than a word of a bit plane; the IQ, TQ
-and floating-point types have no evenly spaced grid, or blocks of other sizes.
+Q2_K, Q3_K and Q6_K have a scale for every 16 values, less than a word of a bit plane; the IQ types
+and MXFP4 have no evenly spaced grid. TQ1_0 and TQ2_0 would fit, in groups of 256.
 """
 
 BLOCK = 32

@@ -34,6 +34,8 @@ FORMAT = "jax_anyprec"
 VERSION = 1
 FIELDS = ("planes", "scales", "offsets")
 MAX_DEPTH = 64
+MAX_NAME = 1000
+"""Characters of a leaf's name, with all that it is in."""
 KEY_IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
@@ -55,12 +57,10 @@ def encode(tree: Any, *, keep_prepared: bool) -> tuple[dict[str, Tensor], str]:
     tensors: dict[str, Tensor] = {}
 
     def add(name: str, tensor: Tensor) -> None:
-        if name in tensors or name == "__metadata__":
-            raise ValueError(
-                f"two leaves would be stored as {name!r}"
-                if name in tensors
-                else f"no leaf can be stored as {name!r}"
-            )
+        if name in tensors:
+            raise ValueError(f"two leaves would be stored as {name!r}")
+        if name == "__metadata__" or len(name) > MAX_NAME:
+            raise ValueError(f"no leaf can be stored as {name!r:.100}")
         tensors[name] = tensor
 
     node = _Encoder(add, keep_prepared).encode(tree, ())
@@ -76,13 +76,15 @@ def decode(text: Any, tensors: Mapping[str, np.ndarray], where: str) -> Any:
       where: begins each message.
     """
     manifest = parse_json(text, f"{where}: the manifest") if isinstance(text, str) else None
-    if not isinstance(manifest, dict) or manifest.keys() != {"version", "tree"}:
+    if not isinstance(manifest, dict):
         raise CheckpointError(f"{where}: the manifest must be an object with version and tree")
-    version = manifest["version"]
+    version = manifest.get("version")
     if type(version) is not int or version != VERSION:
         raise CheckpointError(
-            f"{where} has version {str(version)[:80]} of the format, this library reads {VERSION}"
+            f"{where} has version {version!s:.80} of the format, this library reads {VERSION}"
         )
+    if manifest.keys() != {"version", "tree"}:
+        raise CheckpointError(f"{where}: the manifest must have version and tree, nothing else")
     decoder = _Decoder(tensors, where)
     tree = decoder.decode(manifest["tree"], ())
     decoder.check_all_taken()
@@ -160,8 +162,10 @@ class _Decoder:
     def decode(self, node: Any, path: tuple[str, ...]) -> Any:
         """The tree of views that the JSON `node` describes."""
         name = _join(path)
-        if len(path) > MAX_DEPTH:
-            raise self._error(name, f"is deeper than the {MAX_DEPTH} levels that are allowed")
+        if len(path) > MAX_DEPTH or len(name) > MAX_NAME:
+            raise self._error(
+                name, f"is deeper than {MAX_DEPTH} levels or longer than {MAX_NAME} characters"
+            )
         match node:
             case None:
                 return None
@@ -182,7 +186,7 @@ class _Decoder:
                 }
             case dict() if not any(key.startswith("$") for key in node):
                 return {key: self.decode(value, (*path, key)) for key, value in node.items()}
-        raise self._error(name, f"is described by {str(node)[:80]}, which has no meaning")
+        raise self._error(name, f"is described by {node!s:.80}, which has no meaning")
 
     def check_all_taken(self) -> None:
         if self.left:

@@ -150,9 +150,20 @@ def _of_field(sharding: Any, field: str, name: str) -> Any:
     return _checked(sharding.scales if own is None else own, f"{name}.{field}")
 
 
-def _checked(sharding: Any, name: str) -> Any:
+def _checked(sharding: Any, name: str) -> jax.sharding.Sharding | None:
+    """`sharding` on devices: that of an abstract module may know the shape of its mesh only."""
     if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
         raise TypeError(
             f"sharding of {name} must be a jax.sharding.Sharding or None, got {sharding!r}"
         )
-    return sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    if not isinstance(sharding.mesh, jax.sharding.AbstractMesh):
+        return sharding
+    mesh = jax.sharding.get_mesh()
+    if mesh.abstract_mesh != sharding.mesh:
+        raise ValueError(
+            f"sharding of {name} is for a mesh without devices, {sharding.mesh}; load under "
+            f"jax.set_mesh with such a mesh, or pass sharding"
+        )
+    return jax.sharding.NamedSharding(mesh, sharding.spec)

@@ -173,9 +173,7 @@ class Plan:
         """ValueError, with reasons, if all layers stay in float."""
         if all(layer.quantization is None for layer in self.layers):
             reasons = [f"{layer.path or 'the model'}: {layer.reason}" for layer in self.layers[:5]]
-            raise ValueError(
-                f"no layer would be quantized ({'; '.join(reasons) or 'there is none'})"
-            )
+            raise ValueError(f"no layer would be quantized: {'; '.join(reasons)}")
 
     def rows(self) -> list[dict[str, Any]]:
         """A dict for each layer, which ``pandas.DataFrame(plan.rows())`` takes."""

@@ -11,20 +11,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .llama import Cache, Llama
+from .llama import Cache
 
 MIN_BUCKET = 32
 """The smallest chunk of a prompt, and the smallest cache, that is compiled for."""
 
 CHUNK = 512
 """The most tokens of a prompt that are read at once; bounds the memory for attention scores."""
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """What generates: `Llama`, say, whose methods have the documentation."""
+
+    config: Any
+    dtype: Any
+
+    def hidden(
+        self, tokens: jax.Array, cache: Cache | None = None, reach: int | None = None
+    ) -> tuple[jax.Array, Cache]: ...
+
+    def logits(self, x: jax.Array) -> jax.Array: ...
 
 
 @jax.tree_util.register_dataclass
@@ -86,7 +100,7 @@ def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def generate(
-    model: Llama,
+    model: Decoder,
     tokens: Sequence[int],
     *,
     max_tokens: int = 256,
@@ -99,7 +113,7 @@ def generate(
     """Token ids that continue a prompt, one at a time as they are computed.
 
     Args:
-      model: a `Llama`, float or quantized.
+      model: a `Llama` or another decoder, float or quantized.
       tokens: the prompt's ids, at least one and fewer than the model's context.
       max_tokens: the most ids to give; the context's end may come first.
       temperature: 0 for the most likely token each time; larger is more random.
@@ -109,8 +123,11 @@ def generate(
       stop_tokens: ids that end the text; they are not given.
 
     Raises:
+      TypeError: `model` is no decoder.
       ValueError: an argument is out of range, or the prompt is longer than the context.
     """
+    if not isinstance(model, Decoder):
+        raise TypeError(f"model must be a decoder, such as Llama, got {type(model).__name__}")
     context = model.config.context_length
     prompt = _check_prompt(tokens, model.config.vocab_size, context)
     sampler = _make_sampler(temperature, top_k, top_p, seed)
@@ -142,7 +159,7 @@ def generate(
 
 
 @functools.lru_cache(maxsize=8)
-def compile_step(graph: nnx.GraphDef[Llama], tree: Any) -> Any:
+def compile_step(graph: nnx.GraphDef[Any], tree: Any) -> Any:
     """The jitted step for models of one structure.
 
     ``step(weights, tokens int32[1, S], count int32[], cache, sampler, reach=None)`` adds the first

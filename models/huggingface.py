@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
@@ -100,6 +102,31 @@ class TensorInfo:
     type: str
     file: str
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file: the number in a type's name is of bits; BOOL has none, for 8."""
+        bits = re.search(r"\d+", self.type)
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a folder holds, for people and for ``--json``.
+
+    Args:
+      metadata: config.json.
+      tensors: name, type, shape and bytes of all tensors, in the files' order.
+      tensors_by_type: number of tensors of each type.
+      bytes_by_type: bytes of each type.
+      nbytes: bytes of all tensors.
+    """
+
+    metadata: dict[str, Any]
+    tensors: tuple[dict[str, Any], ...]
+    tensors_by_type: dict[str, int]
+    bytes_by_type: dict[str, int]
+    nbytes: int
+
 
 class Folder:
     """A folder with config.json, and model.safetensors or its shards with their index.
@@ -174,8 +201,7 @@ class Folder:
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in its file."""
-        info = self._info(name)
-        return math.prod(info.shape) * (4 if info.type == "F32" else 2)
+        return self._info(name).nbytes
 
     def floats(self, name: str) -> np.ndarray:
         """`tensor`."""
@@ -184,6 +210,21 @@ class Folder:
     def packed(self, name: str) -> ap.QuantizedTensor | None:
         """None: these checkpoints hold floats."""
         return None
+
+    def summary(self) -> Summary:
+        """What the folder holds."""
+        counts: Counter[str] = Counter()
+        sizes: Counter[str] = Counter()
+        for info in self.tensors.values():
+            counts[info.type] += 1
+            sizes[info.type] += info.nbytes
+        tensors = tuple(
+            {"name": name, **dataclasses.asdict(info), "nbytes": info.nbytes}
+            for name, info in self.tensors.items()
+        )
+        return Summary(
+            dict(self.config.values), tensors, dict(counts), dict(sizes), sum(sizes.values())
+        )
 
     def read(self, name: str, limit: int) -> bytes:
         """The bytes of a file, or HuggingFaceError if there is none or it has more than `limit`."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +290,18 @@ def test_concurrent_saves_do_not_mix(path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("keep_prepared", [False, True])
+def test_a_save_holds_few_tensors_at_a_time(path, keep_prepared) -> None:
+    w = packed(4, k=512, n=256, bits=8).prepare()
+    tree = [w] * 16
+    tracemalloc.start()
+    ap.save(path, tree, keep_prepared=keep_prepared)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert path.stat().st_size > 16 * w.planes.nbytes
+    assert peak < 5 * w.planes.nbytes
+
+
 def test_files_of_two_saves_are_not_taken_for_one(path) -> None:
     first, second = ({"a": np.full(9, i, "f4"), "b": np.full(9, i, "f4")} for i in range(2))
     ap.save(path, first, max_shard_bytes=36)
@@ -324,6 +338,7 @@ def deep(levels: int) -> Any:
         ),
         ({"w": packed(), "w.planes": np.ones(2)}, ValueError, "stored as 'w.planes'"),
         ({"__metadata__": np.ones(2)}, ValueError, "no leaf can be stored as '__metadata__'"),
+        ({"a" * 1001: np.ones(2)}, ValueError, "no leaf can be stored as 'aaa"),
         ({"$x": np.ones(2)}, ValueError, r"keys must all be strings .* got '\$x' in tensor"),
         ({"a": {1.5: np.ones(2)}}, ValueError, "keys must all be strings .* got 1.5 in a"),
         ({"a": {1: np.ones(2), "b": np.ones(2)}}, ValueError, "sorting pytree dictionary keys"),
@@ -558,6 +573,17 @@ def test_bad_lengths(path, start, message) -> None:
         ap.load(path)
 
 
+def test_a_file_that_grows_while_it_is_opened(path, monkeypatch) -> None:
+    ap.save(path, {})
+
+    def grow(self: layer.SafetensorsFile) -> None:
+        path.write_bytes(path.read_bytes() + b"x")
+
+    monkeypatch.setattr(layer.SafetensorsFile, "_check_structure", grow)
+    with pytest.raises(ap.CheckpointError, match="changed while it was opened"):
+        ap.load(path)
+
+
 def static(**change: Any) -> dict[str, Any]:
     return {"$packed": {"k": K, "group_size": GROUP, "rotation": None, "columns": None} | change}
 
@@ -607,12 +633,21 @@ def test_bad_manifests_as_text(path) -> None:
         ("[" * 100000, "the manifest is not JSON"),
         ('{"version":' + "9" * 5000 + "}", "the manifest is not JSON"),
         ("[]", "the manifest must be an object with version and tree"),
-        ('{"version":1,"tree":{},"more":1}', "must be an object with version and tree"),
+        ('{"version":1,"tree":{},"more":1}', "must have version and tree, nothing else"),
+        ('{"version":3,"tree":{},"more":1}', "has version 3 of the format"),
+        ('{"tree":{}}', "has version None of the format"),
         ('{"version":1,"tree":{},"tree":{}}', "the manifest has the name 'tree' twice"),
         ('{"version":2,"tree":{}}', "has version 2 of the format, this library reads 1"),
         ('{"version":true,"tree":{}}', "has version True of the format"),
-        ('{"version":1,"tree":' + "[" * 80 + "]" * 80 + "}", "deeper than the 64 levels"),
-        ('{"version":1,"tree":' + '{"a":[' * 300 + "]}" * 300 + "}", "deeper than the 64 levels"),
+        (
+            '{"version":1,"tree":' + "[" * 80 + "]" * 80 + "}",
+            "is deeper than 64 levels or longer than 1000",
+        ),
+        ('{"version":1,"tree":{"' + "a" * 10**5 + '":[' + "[]," * 10**5 + "[]]}}", "than 1000"),
+        (
+            '{"version":1,"tree":' + '{"a":[' * 300 + "]}" * 300 + "}",
+            "is deeper than 64 levels or longer than 1000",
+        ),
     ):
         change_manifest(path, text)
         with pytest.raises(ap.CheckpointError, match=message):
@@ -790,6 +825,22 @@ found = ap.load_into(abstract["row"], path)
 assert found.offsets.sharding == row.scales
 found = ap.load(path, sharding=at())
 assert found.planes.sharding == at() and jnp.array_equal(found.offsets, w.scales)
+
+# An abstract module knows the shape of its mesh; the devices are those of `set_mesh`.
+init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "x"))
+make = lambda: nnx.Linear(8, 8, kernel_init=init, rngs=nnx.Rngs(0))
+with jax.set_mesh(mesh):
+    linear, abstract = make(), nnx.eval_shape(make)
+    ap.save(path, linear)
+try:
+    ap.load_into(abstract, path)
+    raise AssertionError("this mesh has no devices")
+except ValueError as error:
+    assert "is for a mesh without devices" in str(error) and "or pass sharding" in str(error)
+with jax.set_mesh(mesh):
+    ap.load_into(abstract, path)
+assert abstract.kernel[...].sharding == at(None, "x")
+assert jnp.array_equal(abstract.kernel[...], linear.kernel[...])
 print("ok")
 """
 
@@ -801,6 +852,18 @@ def test_four_devices_each_read_their_part(path) -> None:
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.stdout.strip() == "ok", done.stderr
+
+
+def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text("utf-8")
+    values: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(compile(block, "checkpoints.md", "exec"), values)
+    up = values["model"].up.kernel.get_value()
+    same(values["small"].up.kernel.get_value(), up.truncate(2))
+    same(ap.load("model.safetensors")["up"]["kernel"], up)
+    assert in_file(tmp_path / "prepared.safetensors", values["fast"]["up"].planes)
 
 
 # Files from outside of the library

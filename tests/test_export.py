@@ -151,18 +151,3 @@ def test_the_persistent_compilation_cache(tmp_path: Path) -> None:
     assert len(first) >= len(OPERATIONS)
     assert in_process(CACHED, **env).splitlines() == [f"{name} 1" for name in OPERATIONS]
     assert programs() == first
-
-
-# --- free-threaded Python ---
-
-
-def test_loading_the_extension_brings_no_lock_back() -> None:
-    """A module that doesn't declare that it can do without it would turn the GIL on, and warn."""
-    code = """
-import sys, sysconfig
-import jax_anyprec as ap
-ap.register_custom_calls()
-locked = getattr(sys, "_is_gil_enabled", lambda: True)()
-print(locked == (not sysconfig.get_config_var("Py_GIL_DISABLED")))
-"""
-    assert in_process(code) == "True"

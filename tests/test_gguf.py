@@ -22,6 +22,7 @@ from synthetic_gguf import (
 
 import jax_anyprec as ap
 from jax_anyprec import format as fmt
+from jax_anyprec.cli import becomes
 from jax_anyprec.gguf import EXACT_TYPES, GGUFError, GGUFFile
 from jax_anyprec.models import load_gguf
 
@@ -120,6 +121,16 @@ def test_other_types_are_dequantized(tmp_path, kind):
     np.testing.assert_array_equal(floats, expected)
     with pytest.raises(GGUFError, match=r"w must be a matrix of type Q4_0.*got " + kind):
         file.packed("w")
+
+
+def test_inspect_says_what_each_type_becomes():
+    assert [becomes(kind, (2, 256)) for kind in ("Q4_K", "Q5_K", "Q8_0", "Q6_K", "MXFP4")] == [
+        "4 bits, groups of 32",
+        "5 bits, groups of 32",
+        "8 bits, groups of 32",
+        "float",
+        "float",
+    ]
 
 
 def test_why_groups_of_16_stay_float():

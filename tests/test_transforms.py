@@ -611,6 +611,18 @@ print(found[0][0][0])
     assert out == "-64.0"
 
 
+def test_loading_the_extension_brings_no_lock_back() -> None:
+    """In free-threaded Python a module that doesn't declare its code safe would turn the GIL on."""
+    out = in_subprocess("""
+import sys, sysconfig
+import jax_anyprec as ap
+ap.register_custom_calls()
+locked = getattr(sys, "_is_gil_enabled", lambda: True)()
+print(locked == (not sysconfig.get_config_var("Py_GIL_DISABLED")))
+""")
+    assert out == "True"
+
+
 WITHOUT_EXTENSION = """
 import sys, warnings
 sys.modules["jax_anyprec._cpu"] = None  # importing it raises ImportError

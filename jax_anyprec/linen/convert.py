@@ -145,14 +145,18 @@ def _pack(layer: LinenLayer, quantization: Quantization, box: Any) -> QuantizedT
 def _check_runs(
     quantized: Quantized, variables: Any, inputs: Sequence[Any], call: Mapping[str, Any]
 ) -> None:
-    """ValueError unless the example call works, by shapes, with variables that are shapes."""
+    """ValueError unless the example call works, by shapes, with variables that are shapes.
+
+    As `init` does, it starts without other collections: a cache may be of another call's shape.
+    """
     options = {
         **call,
         "rngs": {PARAMS: jax.random.key(0)},
         "mutable": DenyList((PARAMS, COLLECTION)),
     }
+    weights = {name: variables[name] for name in (PARAMS, COLLECTION)}
     try:
-        eval_shape(quantized.apply, variables, *inputs, **options)
+        eval_shape(quantized.apply, weights, *inputs, **options)
     except Exception as fault:
         raise ValueError(
             "the model fails with packed kernels; a rule can leave the layer in float whose "

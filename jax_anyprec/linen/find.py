@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
-from flax.core import meta
+from flax.core import DenyList, meta
 
 from ..einsum import Product, parse
 from ..plan import Layer
@@ -20,6 +21,7 @@ from .calls import Calls, attend, by_function, called, describe_call, plain
 from .weights import PARAMS, unboxed
 
 Scope = tuple[str, ...]
+WATCHED = " watched"
 EMBED_METHODS = ("__call__", "attend")
 
 
@@ -57,7 +59,10 @@ class _Use:
 
 
 class _Watched(struct.PyTreeNode, meta.AxisMetadata[Any]):
-    """A parameter that remembers where `nn.scan` and `nn.vmap` put axes, innermost first."""
+    """A parameter that remembers where `nn.scan` and `nn.vmap` put axes, innermost first.
+
+    It stands beside the weight and shares its fate.
+    """
 
     value: Any
     axes: tuple[int, ...] = struct.field(pytree_node=False, default=())
@@ -122,12 +127,10 @@ class _Watcher:
             use.obstacle = f"is multiplied as {use.products[0].spec!r} and as {product.spec!r}"
 
     def _use(self, module: nn.Module, name: str) -> _Use:
-        value: Any = module.get_variable(PARAMS, name)
-        if not isinstance(value, _Watched):  # also when a scan traces its body once more
-            value = _Watched(unboxed(value))
-            module.put_variable(PARAMS, name, value)
+        weight: Any = unboxed(module.get_variable(PARAMS, name))
+        module.put_variable(PARAMS, name + WATCHED, _Watched(jnp.zeros_like(weight)))
         kind = type(module).__name__
-        return self.uses.setdefault((module.path, name), _Use(kind, value.value.shape))
+        return self.uses.setdefault((module.path, name), _Use(kind, weight.shape))
 
 
 def find_layers(
@@ -146,8 +149,10 @@ def find_layers(
       calls: descriptions of layers that Flax does not have.
     """
     watcher = _Watcher(calls)
+    # A name that was never there before makes nn.jit trace anew, which is to be watched.
+    mutable = DenyList(("intermediates", secrets.token_hex()))
     with nn.intercept_methods(watcher):
-        initial = eval_shape(module.init, jax.random.key(0), *args, **kwargs)
+        initial = eval_shape(module.init, jax.random.key(0), *args, mutable=mutable, **kwargs)
     drawn = dict(flatten(initial.get(PARAMS, {})))
     given = dict(flatten(variables[PARAMS]))
     scopes: dict[Scope, list[str]] = collections.defaultdict(list)
@@ -196,7 +201,7 @@ def _used(
     """A layer whose weight is multiplied in a known way."""
     box = given[*scope, name]
     weight = unboxed(box)
-    insertions = drawn[*scope, name].axes
+    insertions = drawn[*scope, name + WATCHED].axes
     common: dict[str, Any] = {
         "path": "/".join(path),
         "kind": use.kind,
@@ -264,7 +269,7 @@ def _check_given(path: Scope, drawn: Mapping[Scope, Any], given: Mapping[Scope, 
     name = f"{PARAMS}/{'/'.join(path)}"
     if path not in given:
         raise ValueError(f"variables must have {name}, which the model uses")
-    expected, found = drawn[path].value.shape, unboxed(given[path]).shape
+    expected, found = unboxed(drawn[path]).shape, unboxed(given[path]).shape
     if found != expected:
         raise ValueError(f"variables must have {name} of shape {expected}, got {found}")
 

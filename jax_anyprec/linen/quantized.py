@@ -62,8 +62,9 @@ class Quantized(nn.Module):
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
         """As `nn.Module.apply`; `method` may also be a method of the module's class."""
-        name = getattr(method, "__name__", "")
-        if method is not None and getattr(type(self.module), name, None) is method:
+        function = getattr(method, "__func__", method)
+        name = getattr(function, "__name__", "")
+        if function is not None and getattr(type(self.module), name, None) is function:
             method = name
         return super().apply(variables, *args, method=method, **kwargs)
 

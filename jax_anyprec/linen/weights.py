@@ -98,14 +98,17 @@ def box_like(
     """
     if not isinstance(box, nn.Partitioned):
         return tensor
-    own = [name for axis, name in enumerate(box.names) if axis not in stack]
+    ndim = len(stack) + len(product.weight)
+    # As in a PartitionSpec, names of the last axes may be missing.
+    names = (*box.names, *[None] * (ndim - len(box.names)))
+    own = [name for axis, name in enumerate(names) if axis not in stack]
     of = dict(zip(product.weight, own, strict=True))
 
     def first(indices: str) -> Any:
         """Flattened axes are split as the first of them that has a name."""
         return next((of[i] for i in indices if of[i] is not None), None)
 
-    leading = [*(box.names[axis] for axis in stack), *(of[i] for i in product.batch)]
+    leading = [*(names[axis] for axis in stack), *(of[i] for i in product.batch)]
     k, n = first(product.contracted), first(product.features)
     groups = (*leading, n, k if tensor.groups > 1 else None)
 

@@ -146,7 +146,7 @@ def _describe(module: Any, to: dict[int, list[Reference]]) -> _Found:
     fields: dict[str, Any] = {
         "path": path,
         "aliases": tuple(aliases),
-        "kind": type(module).__name__,
+        "kind": _name(type(module), base),
         "shape": tuple(getattr(weight, "shape", ())),
         "dtype": str(getattr(weight, "dtype", "packed")),
         "nbytes": sum(map(_nbytes, parameters)),
@@ -162,6 +162,11 @@ def _describe(module: Any, to: dict[int, list[Reference]]) -> _Found:
             "matrices": product.matrices,
         }
     return _Found(Layer(**fields), module, kind, tuple(to[id(module)]))
+
+
+def _name(found: type, base: type | None) -> str:
+    """The name of a class, and of the layer of Flax that it is derived from."""
+    return found.__name__ if base in (None, found) else f"{found.__name__}({base.__name__})"
 
 
 def _obstacle(module: Any, base: Any, weight: Any, holders: list[Reference]) -> str | None:

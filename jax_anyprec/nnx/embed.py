@@ -16,7 +16,7 @@ from ..format import TILE, fields_to_planes
 from ..quantization import Quantization
 from ..tensor import QuantizedTensor, check_tensor, dequantize_rows
 from .linear import reshard
-from .metadata import NOTHING, metadata_of, packed
+from .metadata import NOTHING, folded, metadata_of
 
 
 class QuantEmbed(nnx.Module):
@@ -45,7 +45,8 @@ class QuantEmbed(nnx.Module):
     ):
         check_tensor(embedding, "embedding")
         self.features, self.num_embeddings = embedding.shape[-2:]
-        self.embedding = packed(embedding, embedding_metadata)
+        shape = (self.num_embeddings, self.features)
+        self.embedding = folded(embedding, embedding_metadata, shape, rank=2)
         self.activations = activations
         self.act_scales = act_scales
         self.implementation = implementation

@@ -19,7 +19,7 @@ from ..einsum import Product, einsum, pack_einsum, parse
 from ..quantization import Quantization
 from ..tensor import QuantizedTensor, check_tensor
 from .linear import draw_key, kept_options, reshard
-from .metadata import NOTHING, metadata_of, packed
+from .metadata import NOTHING, folded, metadata_of
 
 NO_AXES: Mapping[int, int] = MappingProxyType({})
 FOUR_BITS = Quantization(weights=4, activations=None)
@@ -70,7 +70,7 @@ class QuantEinsum(nnx.Module):
         check_tensor(kernel, "kernel")
         if kernel.shape[-len(expected) :] != expected:
             raise ValueError(f"kernel must have shape {expected}, got {kernel.shape}")
-        self.kernel = packed(kernel, kernel_metadata)
+        self.kernel = folded(kernel, kernel_metadata, kernel_shape, len(expected))
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
         if bias_shape is not None:
             sizes = product.sizes(kernel_shape)
@@ -199,11 +199,10 @@ class QuantLinearGeneral(QuantEinsum):
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:  # type: ignore[override]
         """``[...]`` to ``[batch..., ..., *out_features]``."""
         product = parse(self.einsum_str)
-        indices: dict[int, str] = dict(zip(self.batch_axis, product.batch, strict=True))
-        for axis, index in zip(self.axis, product.contracted, strict=True):
-            if not -inputs.ndim <= axis < inputs.ndim or axis % inputs.ndim in indices:
-                raise ValueError(f"inputs must have the axes {self.axis}, got shape {inputs.shape}")
-            indices[axis % inputs.ndim] = index
+        if any(not -inputs.ndim <= axis < inputs.ndim for axis in self.axis):
+            raise ValueError(f"inputs must have the axes {self.axis}, got shape {inputs.shape}")
+        axes = sorted(axis % inputs.ndim for axis in self.axis)  # in this order, as in Flax
+        indices = dict(zip([*self.batch_axis, *axes], product.packed, strict=False))
         free = (i for i in string.ascii_letters if i not in product.weight)
         rows = {axis: next(free) for axis in range(inputs.ndim) if axis not in indices}
         x = "".join({**indices, **rows}[axis] for axis in range(inputs.ndim))

@@ -16,6 +16,35 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 AXIS_NAMES = "out_sharding"
 
 
+class Folded(Packed):
+    """A packed weight whose float one had other axes; `shape` tells those.
+
+    Models ask a kernel for its shape, to know how many heads there are, say.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The float weight's shape; leading axes of stacked layers are those of the value."""
+        shape, rank = self.get_metadata("weight_shape"), self.get_metadata("packed_rank")
+        value = self.get_value().shape
+        return (*value[: len(value) - rank], *shape)
+
+
+def folded(
+    tensor: QuantizedTensor, metadata: Mapping[str, Any], weight_shape: Sequence[int], rank: int
+) -> Folded:
+    """As `packed`, for a float weight of another shape, of which `rank` axes were made."""
+    return Folded(
+        tensor,
+        **{
+            **metadata,
+            "eager_sharding": False,
+            "weight_shape": tuple(weight_shape),
+            "packed_rank": rank,
+        },
+    )
+
+
 def packed(tensor: QuantizedTensor, metadata: Mapping[str, Any]) -> Packed:
     """A variable of packed weights with the metadata of a float one.
 

@@ -23,7 +23,7 @@ class Reference(NamedTuple):
 
 
 def references(model: nnx.Module) -> Iterator[Reference]:
-    """All references in a model, in the order of attributes.
+    """All references in a model, in the order of names, as Flax has them after a split and merge.
 
     A shared module comes once for each reference to it; what it holds comes once.
     """
@@ -32,13 +32,23 @@ def references(model: nnx.Module) -> Iterator[Reference]:
 
 def held(module: nnx.Module) -> Iterator[tuple[str, Any]]:
     """The modules and variables that a module holds itself, by name ("layers/0" in a container)."""
-    for attribute, value in vars(module).items():
+    for attribute, value in _sorted(vars(module)):
         for keys, node in _nodes(value, (attribute,)):
             yield "/".join(keys), node
 
 
+def _sorted(items: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Items by name, and numbers by value, so that a list keeps its order."""
+
+    def order(item: tuple[str, Any]) -> tuple[int, str]:
+        name = str(item[0])
+        return (len(name), name) if name.isdecimal() else (-1, name)
+
+    return sorted(items.items(), key=order)
+
+
 def _references(parent: nnx.Module, path: tuple[str, ...], seen: set[int]) -> Iterator[Reference]:
-    for attribute, value in vars(parent).items():
+    for attribute, value in _sorted(vars(parent)):
         for keys, node in _nodes(value, (*path, attribute)):
             yield Reference("/".join(keys), parent, attribute, node)
             if isinstance(node, nnx.Module) and id(node) not in seen:
@@ -50,7 +60,7 @@ def _nodes(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
     if isinstance(value, nnx.Module | nnx.Variable):
         yield keys, value
     elif isinstance(value, dict):
-        for key, item in value.items():
+        for key, item in _sorted(value):
             yield from _nodes(item, (*keys, str(key)))
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
