@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from . import export as _export  # noqa: F401  (registers QuantizedTensor with jax.export)
 from ._native import CUSTOM_CALLS, Unavailable, register_custom_calls, status
 from .convert import plan, quantize_model
 from .fake_quant import fake_quant, fake_quant_matmul

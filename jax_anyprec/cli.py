@@ -84,8 +84,9 @@ def cli() -> None:
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="A GGUF file. Default: SmolLM2-135M-Instruct, fetched if missing (93 MB).",
+    metavar="PATH",
+    help="A GGUF file or a Hugging Face folder. "
+    "Default: SmolLM2-135M-Instruct, fetched if missing (93 MB).",
 )
 @click.option("--system", metavar="TEXT", help="The system message. Default: the checkpoint's.")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, with no chat template.")
@@ -173,14 +174,14 @@ def generate(
     setting = make_quantization(weights, activations, group_size, rotate, act_scales)
     path = model or find_file("smollm2")
     begin = time.perf_counter()
-    with clear_errors(), progress_bar("Loading", DownloadColumn()) as report:
-        from .models import generate as run
-        from .models import load_gguf, weight_bytes
-
-        loaded = load_gguf(path, quantization=setting, progress=report)
-    loaded_at = time.perf_counter()
-    tokenizer = loaded.tokenizer
     with clear_errors():
+        from .models import generate as run
+        from .models import weight_bytes
+
+        loaded = _load(path, setting, "Loading")
+    loaded_at = time.perf_counter()
+    with clear_errors():
+        tokenizer = loaded.tokenizer
         text = prompt if raw else tokenizer.chat(_messages(system, prompt))
         tokens = tokenizer.encode(text)
         answer = run(
@@ -247,12 +248,13 @@ def info(as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
 @json_option
-def inspect(file: Path, as_json: bool) -> None:
-    """Show what the GGUF checkpoint FILE holds and what each tensor becomes.
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what the checkpoint PATH holds, a GGUF file or a Hugging Face folder.
 
-    A tensor of bits and groups is packed as the file has it, without loss; others are unpacked.
+    And what each tensor becomes: one of bits and groups is packed as the file has it, without
+    loss; others are unpacked.
 
     \b
     Examples:
@@ -261,8 +263,9 @@ def inspect(file: Path, as_json: bool) -> None:
     """
     with clear_errors():
         from .gguf import GGUFFile
+        from .models.huggingface import Folder
 
-        summary = GGUFFile(file).summary()
+        summary = (Folder(path) if path.is_dir() else GGUFFile(path)).summary()
     facts = dataclasses.asdict(summary)
     for tensor in facts["tensors"]:
         tensor["becomes"] = becomes(tensor["type"], tensor["shape"])
@@ -305,8 +308,9 @@ def fetch_command(name: str) -> None:
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="A GGUF file. Default: SmolLM2-135M-Instruct, fetched if missing (93 MB).",
+    metavar="PATH",
+    help="A GGUF file or a Hugging Face folder. "
+    "Default: SmolLM2-135M-Instruct, fetched if missing (93 MB).",
 )
 @click.option(
     "--setting",
@@ -504,10 +508,18 @@ def find_file(name: str) -> Path:
 
 
 def _load(path: Path, setting: Quantization | None, description: str) -> LoadedModel:
-    from .models import load_gguf
+    """The model of a GGUF file or of a Hugging Face folder."""
+    from .models import load_gguf, load_huggingface
 
+    folder = path.is_dir()
+    if folder and setting is not None and setting.weights is None:
+        raise click.UsageError(
+            f"{path} is a folder of float weights: say how to hold them, with --weights 1..8 or "
+            "--weights float."
+        )
     with progress_bar(description, DownloadColumn()) as report:
-        return load_gguf(path, quantization=setting, progress=report)
+        load = load_huggingface if folder else load_gguf
+        return load(path, quantization=setting, progress=report)
 
 
 # --- input and output ---

@@ -151,9 +151,11 @@ def pack_planes(codes: Any, bits: int) -> Any:
     xp = namespace(codes)
     pad = words(codes.shape[-1]) * WORD_BITS - codes.shape[-1]
     codes = xp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, pad)])
-    planes = xp.stack([(codes >> (bits - 1 - i)) & 1 for i in range(bits)], axis=-3)
-    if isinstance(planes, np.ndarray):
-        return _bytes_to_words(np.packbits(planes, axis=-1, bitorder="little"))
+    planes = ((codes >> np.uint8(bits - 1 - i)) & np.uint8(1) for i in range(bits))
+    if isinstance(codes, np.ndarray):  # one plane of bytes at a time, they are large
+        packed = [np.packbits(plane, axis=-1, bitorder="little") for plane in planes]
+        return _bytes_to_words(np.stack(packed, axis=-3))
+    planes = jnp.stack(list(planes), axis=-3)
     octets = planes.reshape(*planes.shape[:-1], planes.shape[-1] // 8, 8)
     return _bytes_to_words((octets << np.arange(8, dtype=np.uint8)).sum(-1, dtype=np.uint8))
 
@@ -256,15 +258,21 @@ def bits_float(x: Any) -> Any:
 _bitcast = jax.lax.bitcast_convert_type
 
 
+# Shifts and not bitcasts: XLA has none between widths at a symbolic size (jaxlib 0.10 to 0.12), and
+# on the CPU does not fuse those that it has.
+
+
 def _bytes_to_words(x: Any) -> Any:
     shape = (*x.shape[:-1], x.shape[-1] // 4)
     if isinstance(x, np.ndarray):
         return np.ascontiguousarray(x).view("<u4").reshape(shape)
-    return jax.lax.bitcast_convert_type(x.reshape(*shape, 4), jnp.uint32)
+    octets = x.reshape(*shape, 4).astype(np.uint32)
+    return (octets << np.arange(0, WORD_BITS, 8, dtype=np.uint32)).sum(-1, dtype=np.uint32)
 
 
 def _words_to_bytes(x: Any) -> Any:
     shape = (*x.shape[:-1], x.shape[-1] * 4)
     if isinstance(x, np.ndarray):
         return np.ascontiguousarray(x).view(np.uint8).reshape(shape)
-    return jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(shape)
+    octets = x[..., None] >> np.arange(0, WORD_BITS, 8, dtype=np.uint32)
+    return octets.astype(np.uint8).reshape(shape)

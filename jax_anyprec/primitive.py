@@ -246,6 +246,13 @@ def _matmul_transpose(ct: Any, x: Any, planes: Any, scales: Any, *rest: Any, **p
     return [x_ct.astype(x.aval.dtype), *others]
 
 
+def _refuse_to_differentiate(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError(
+        "quantize_activations rounds and has no derivative; matmul has one, straight through the "
+        "rounding, and jax.lax.stop_gradient(x) takes x as a constant"
+    )
+
+
 # --- putting a primitive together ---
 
 
@@ -278,5 +285,6 @@ def _define(
 quantize_activations_p = _define("quantize", _quantize_abstract, _quantize, multiple_results=True)
 int_matmul_p = _define("int_matmul", _int_matmul_abstract, _int_matmul)
 matmul_p = _define("matmul", _matmul_abstract, _matmul)
+ad.primitive_jvps[quantize_activations_p] = _refuse_to_differentiate
 ad.primitive_jvps[matmul_p] = _matmul_jvp
 ad.primitive_transposes[matmul_p] = _matmul_transpose

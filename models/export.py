@@ -141,17 +141,12 @@ def _rows(table: Mapping[str, Row], layers: int) -> Iterator[tuple[str, Row]]:
     """Names and rows with the numbers of layers in place."""
     for name, row in table.items():
         for i in range(layers) if "{i}" in name else (0,):
-            paths = tuple(path.format(i=i) for path in _paths(row))
-            yield name.format(i=i), dataclasses.replace(row, path=paths)
-
-
-def _paths(row: Row) -> tuple[str, ...]:
-    return (row.path,) if isinstance(row.path, str) else row.path
+            yield name.format(i=i), dataclasses.replace(row, path=row.path.format(i=i))
 
 
 def _tensor(model: nnx.Module, row: Row, sizes: Mapping[str, int]) -> np.ndarray:
-    """A row's tensor, from the parameters that it fills."""
-    values = np.concatenate([_parameter(model, path) for path in _paths(row)], axis=-1)
+    """A row's tensor, from the parameter that it fills."""
+    values = _parameter(model, row.path)
     for change in reversed(row.changes):
         values = INVERSES[change](values, sizes)
     return values

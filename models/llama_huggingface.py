@@ -81,7 +81,7 @@ def norms_from_zero(table: Mapping[str, Row]) -> dict[str, Row]:
     """`table` for a model whose norms store the difference of their scale from 1."""
     return {
         name: dataclasses.replace(row, changes=(*row.changes, add_one))
-        if str(row.path).endswith("norm.scale")
+        if row.path.endswith("norm.scale")
         else row
         for name, row in table.items()
     }

@@ -33,13 +33,12 @@ class Row:
     """A row of a weight map: what becomes of a tensor. {i} in it and in its key counts layers.
 
     Args:
-      path: of the parameter, attributes and indices with dots between; or of several that the
-        tensor holds in equal parts, one after another along the last axis once it is changed.
+      path: of the parameter, attributes and indices with dots between.
       shape: of the tensor in the checkpoint, by names of the model's sizes: "query hidden".
       changes: made in this order.
     """
 
-    path: str | tuple[str, ...]
+    path: str
     shape: str
     changes: tuple[Change, ...] = ()
 
@@ -49,14 +48,14 @@ class Weight:
     """A `Row` for one layer of one model.
 
     Args:
-      paths: of the parameters.
+      path: of the parameter.
       shape: of the tensor in the checkpoint.
-      convert: from the tensor to the values of each parameter.
+      convert: from the tensor to the parameter's values.
     """
 
-    paths: tuple[str, ...]
+    path: str
     shape: tuple[int, ...]
-    convert: Callable[[np.ndarray], list[np.ndarray]]
+    convert: Callable[[np.ndarray], np.ndarray]
 
 
 def transpose(x: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
@@ -88,9 +87,8 @@ def expand(table: Mapping[str, Row], sizes: Mapping[str, int]) -> dict[str, Weig
     """
 
     def expand_row(row: Row, i: int | None) -> Weight:
-        paths = (row.path,) if isinstance(row.path, str) else row.path
         return Weight(
-            tuple(path.format(i=i) for path in paths),
+            row.path.format(i=i),
             tuple(sizes[name] for name in row.shape.split()),
             functools.partial(_convert, row, sizes),
         )
@@ -103,10 +101,10 @@ def expand(table: Mapping[str, Row], sizes: Mapping[str, int]) -> dict[str, Weig
     return weights
 
 
-def _convert(row: Row, sizes: Mapping[str, int], x: np.ndarray) -> list[np.ndarray]:
+def _convert(row: Row, sizes: Mapping[str, int], x: np.ndarray) -> np.ndarray:
     for change in row.changes:
         x = change(x, sizes)
-    return [x] if isinstance(row.path, str) else np.split(x, len(row.path), axis=-1)
+    return x
 
 
 def check_tensors(
@@ -163,7 +161,7 @@ def fill(
     """
     arena = ap.Arena()
     total, done = sum(checkpoint.nbytes(name) for name in weights), 0
-    for part, members in itertools.groupby(weights.items(), lambda item: _part(item[1].paths[0])):
+    for part, members in itertools.groupby(weights.items(), lambda item: _part(item[1].path)):
         for name, weight in members:
             _load(model, checkpoint, name, weight, quantization, dtype)
             done += checkpoint.nbytes(name)
@@ -182,18 +180,18 @@ def _load(
     quantization: Quantization | None,
     dtype: Any,
 ) -> None:
-    """Give the parameters that tensor `name` holds their values."""
+    """Give the parameter that tensor `name` holds its values."""
     pack = packed = None
     if quantization is not None:
-        if quantization.weights is not None and weight.paths[0].endswith(".kernel"):
+        if quantization.weights is not None and weight.path.endswith(".kernel"):
             pack = quantization.pack
         else:
             packed = checkpoint.packed(name)
     if packed is not None:
-        _put(model, weight.paths[0], jax.tree.map(jnp.asarray, packed), quantization, dtype)
+        _put(model, weight.path, jax.tree.map(jnp.asarray, packed), quantization, dtype)
         return
-    for path, values in zip(weight.paths, weight.convert(checkpoint.floats(name)), strict=True):
-        _put(model, path, pack(jnp.asarray(values)) if pack else values, quantization, dtype)
+    values = weight.convert(checkpoint.floats(name))
+    _put(model, weight.path, pack(jnp.asarray(values)) if pack else values, quantization, dtype)
 
 
 def _put(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,16 +13,13 @@ import jax
 import numpy as np
 import pytest
 from jax import export
-from operations import DIFFERENTIABLE, OPERATIONS, M, N, Operation, close
+from operations import DIFFERENTIABLE, OPERATIONS, K, M, N, Operation, close
 
 import jax_anyprec as ap
 from jax_anyprec import _native
 
 CHECKS = [export.DisabledSafetyCheck.custom_call(name) for name in ap.CUSTOM_CALLS]
 PLATFORMS = ("cpu", "cuda", "tpu")
-
-# The others take the bits of words apart by a bitcast, which XLA can't do at a symbolic size.
-SYMBOLIC = [name for name in OPERATIONS if name not in ("quantize", "QuantEmbed")]
 
 
 def exported(op: Operation, x: Any, *, vjp_order: int = 0, **options: Any) -> export.Exported:
@@ -53,7 +51,7 @@ def test_export_to_several_platforms(name: str) -> None:
     assert not any(call in elsewhere.mlir_module() for call in ap.CUSTOM_CALLS)
 
 
-@pytest.mark.parametrize("name", SYMBOLIC)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_export_with_a_symbolic_batch(name: str) -> None:
     op = OPERATIONS[name]
     (size,) = export.symbolic_shape("b")
@@ -70,6 +68,20 @@ def test_export_with_its_derivative(name: str) -> None:
     _, pull = jax.vjp(lambda x: op.run(x, op.weights), op.x)
     program = exported(op, op.x, vjp_order=1).vjp()
     close(program.call(op.x, cotangent)[0], pull(cotangent)[0])
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_packed_tensors_cross_as_arguments_and_results(prepared: bool) -> None:
+    w = OPERATIONS["matmul"].weights
+    w = dataclasses.replace(w.prepare() if prepared else w, rotation=ap.Rotation(K, 3))
+    run = jax.jit(lambda x, each: (ap.matmul(x, each["w"], act_bits=8), each))
+    x = OPERATIONS["matmul"].x
+    data = export.export(run, disabled_checks=CHECKS)(x, {"w": w}).serialize()
+    close(export.deserialize(data).call(x, {"w": w}), run(x, {"w": w}))
+    with pytest.raises(ValueError, match="pytree structure"):
+        export.deserialize(data).call(x, {"w": dataclasses.replace(w, rotation=None)})
+    with pytest.raises(ValueError, match="k -64, it must be an int from 0"):
+        export.deserialize(data.replace(b'"k": 64', b'"k":-64')).call(x, {"w": w})
 
 
 def test_export_needs_the_published_names() -> None:

@@ -488,6 +488,14 @@ def test_quantize_is_differentiable_in_given_scales() -> None:
     close(found, oracle.ints(codes_of(w), 3).reshape(N, -1, GROUP).sum(-1))
 
 
+def test_quantize_activations_says_that_it_has_no_derivative() -> None:
+    total = lambda x: ap.quantize_activations(x, 4)[1].sum()  # noqa: E731
+    with pytest.raises(NotImplementedError, match="matmul has one, straight through the rounding"):
+        jax.grad(total)(normal(M, K))
+    constant = jax.grad(lambda x: x.sum() + total(jax.lax.stop_gradient(x)))(normal(M, K))
+    np.testing.assert_array_equal(constant, np.ones((M, K)))
+
+
 def test_scales_play_no_part_in_integers() -> None:
     w, codes = tensor(offsets=True), RNG.integers(0, 16, (M, K), np.uint8)
     total = lambda s: 1.0 * ap.int_matmul(codes, dataclasses.replace(w, scales=s), 4).sum()  # noqa: E731
