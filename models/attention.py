@@ -89,6 +89,18 @@ def rotary(
     return turned.reshape(x.shape).astype(x.dtype)
 
 
+def split_heads(x: jax.Array, size: int) -> jax.Array:
+    """``[B, S, H D]`` to ``[B H, S, D]``; D is `size`."""
+    x = jnp.swapaxes(x.reshape(*x.shape[:2], -1, size), 1, 2)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def join_heads(x: jax.Array, batch: int) -> jax.Array:
+    """``[B H, S, D]`` to ``[B, S, H D]``; B is `batch`."""
+    x = jnp.swapaxes(x.reshape(batch, -1, *x.shape[1:]), 1, 2)
+    return x.reshape(*x.shape[:2], -1)
+
+
 def attend_causally(
     q: jax.Array,
     k: jax.Array,

@@ -14,8 +14,9 @@ from flax import nnx
 
 from jax_anyprec.quantization import Quantization
 
-from .attention import attend
+from .attention import attend, join_heads, split_heads
 from .dense import make_linear
+from .norms import layer_norm
 from .projections import Projections
 
 
@@ -77,7 +78,7 @@ class Embeddings(nnx.Module):
         self.tokens = embed(config.vocab_size)
         self.positions = embed(config.context_length)
         self.types = embed(config.token_types)
-        self.norm = make_norm(config, dtype, rngs)
+        self.norm = layer_norm(config.hidden_size, config.norm_eps, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, types: jax.Array) -> jax.Array:
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
@@ -95,16 +96,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """``x [B, S, width]`` to its update; ``mask bool[B, S]``."""
-        q, k, v = map(self._heads, self.qkv(x))
+        q, k, v = (split_heads(each, self.head_dim) for each in self.qkv(x))
         visible = jnp.repeat(mask, q.shape[0] // x.shape[0], axis=0)[:, None, :]
         y = attend(q, k, v, visible)
-        y = jnp.swapaxes(y.reshape(x.shape[0], -1, *y.shape[1:]), 1, 2)
-        return self.output(y.reshape(x.shape))
-
-    def _heads(self, x: jax.Array) -> jax.Array:
-        """``[B, S, H D]`` to ``[B H, S, D]``."""
-        x = jnp.swapaxes(x.reshape(*x.shape[:2], -1, self.head_dim), 1, 2)
-        return x.reshape(-1, *x.shape[2:])
+        return self.output(join_heads(y, x.shape[0]))
 
 
 class FeedForward(nnx.Module):
@@ -124,9 +119,13 @@ class Layer(nnx.Module):
     def __init__(self, config: BertConfig, *, dtype: Any, rngs: nnx.Rngs, **options: Any):
         options |= {"use_bias": True, "dtype": dtype, "rngs": rngs}
         self.attention = Attention(config, **options)
-        self.attention_norm = make_norm(config, dtype, rngs)
+        self.attention_norm = layer_norm(
+            config.hidden_size, config.norm_eps, dtype=dtype, rngs=rngs
+        )
         self.feed_forward = FeedForward(config, **options)
-        self.feed_forward_norm = make_norm(config, dtype, rngs)
+        self.feed_forward_norm = layer_norm(
+            config.hidden_size, config.norm_eps, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         x = self.attention_norm(x + self.attention(x, mask))
@@ -207,14 +206,3 @@ class Bert(nnx.Module):
         if not self.config.pooler:
             raise ValueError("config.pooler is False: this model has no pooler")
         return self.pooler(x)
-
-
-def make_norm(config: BertConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with float32 parameters; the variance is that of centred values, as in PyTorch."""
-    return nnx.LayerNorm(
-        config.hidden_size,
-        epsilon=config.norm_eps,
-        dtype=dtype,
-        use_fast_variance=False,
-        rngs=rngs,
-    )

@@ -15,9 +15,10 @@ from flax import nnx
 
 from jax_anyprec.quantization import Quantization
 
-from .attention import attend_causally
+from .attention import attend_causally, join_heads, split_heads
 from .dense import make_linear
 from .llama import Cache
+from .norms import layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,18 +91,12 @@ class Attention(nnx.Module):
         reach: int | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """``x [B, S, width]`` at ``positions int32[S]`` to its update and the keys and values."""
-        q, k, v = map(self._heads, jnp.split(self.qkv(x), 3, axis=-1))
+        q, k, v = (split_heads(each, self.head_dim) for each in jnp.split(self.qkv(x), 3, axis=-1))
         if past is not None:
             k = jax.lax.dynamic_update_slice_in_dim(past[0], k, positions[0], axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past[1], v, positions[0], axis=1)
         y = attend_causally(q, k[:, :reach], v[:, :reach], positions)
-        y = jnp.swapaxes(y.reshape(x.shape[0], -1, *y.shape[1:]), 1, 2)
-        return self.output(y.reshape(x.shape)), (k, v)
-
-    def _heads(self, x: jax.Array) -> jax.Array:
-        """``[B, S, H D]`` to ``[B H, S, D]``."""
-        x = jnp.swapaxes(x.reshape(*x.shape[:2], -1, self.head_dim), 1, 2)
-        return x.reshape(-1, *x.shape[2:])
+        return self.output(join_heads(y, x.shape[0])), (k, v)
 
 
 class FeedForward(nnx.Module):
@@ -120,9 +115,13 @@ class Layer(nnx.Module):
 
     def __init__(self, config: GPT2Config, *, dtype: Any, rngs: nnx.Rngs, **options: Any):
         options |= {"use_bias": True, "dtype": dtype, "rngs": rngs}
-        self.attention_norm = make_norm(config, dtype, rngs)
+        self.attention_norm = layer_norm(
+            config.hidden_size, config.norm_eps, dtype=dtype, rngs=rngs
+        )
         self.attention = Attention(config, **options)
-        self.feed_forward_norm = make_norm(config, dtype, rngs)
+        self.feed_forward_norm = layer_norm(
+            config.hidden_size, config.norm_eps, dtype=dtype, rngs=rngs
+        )
         self.feed_forward = FeedForward(config, **options)
 
     def __call__(
@@ -164,7 +163,7 @@ class GPT2(nnx.Module):
         self.layers = nnx.List(
             [Layer(config, quantization=quantization, **options) for _ in range(config.num_layers)]
         )
-        self.norm = make_norm(config, dtype, rngs)
+        self.norm = layer_norm(config.hidden_size, config.norm_eps, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits ``float32[B, S, vocab]`` of the token after each of ``tokens int32[B, S]``."""
@@ -198,14 +197,3 @@ class GPT2(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits ``float32[..., vocab]`` of final features ``[..., width]``."""
         return self.embed.attend(x).astype(jnp.float32)
-
-
-def make_norm(config: GPT2Config, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with float32 parameters; the variance is that of centred values, as in PyTorch."""
-    return nnx.LayerNorm(
-        config.hidden_size,
-        epsilon=config.norm_eps,
-        dtype=dtype,
-        use_fast_variance=False,
-        rngs=rngs,
-    )

@@ -6,8 +6,10 @@ What PyTorch computes comes from tests/make_minilm_reference.py.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +19,6 @@ from tokenizers import Tokenizer
 
 from jax_anyprec.models import (
     HuggingFaceError,
-    Quantization,
     SentenceEncoder,
     load_huggingface,
     load_sentence_encoder,
@@ -108,13 +109,16 @@ def test_long_sentences_are_cut_as_tokenizers_does(encoder, minilm_path, referen
     assert max(lengths) == encoder.max_tokens == 256
 
 
-def test_minilm_quantized(minilm_path, reference):
+def test_minilm_quantized_as_in_the_docs(minilm_path, reference, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "encoders.md").read_text("utf-8")
+    (block,) = re.findall(r'^```python title="minilm"\n(.*?)^```', page, re.MULTILINE | re.DOTALL)
+    values: dict[str, Any] = {}
+    exec(compile(block, "docs/encoders.md", "exec"), values)
+    assert float(capsys.readouterr().out) == pytest.approx(0.7, abs=0.1)
     sentences, expected = reference
-    quantization = Quantization(weights=4, group_size=32, scales="mse")
-    packed = load_sentence_encoder(minilm_path, quantization=quantization, dtype=np.float32)
-    found = distances(packed.encode(sentences[:8]), expected[:8])
-    assert 1e-3 < found.mean() < 0.08
-    size = weight_bytes(packed.model)
+    found = distances(values["encoder"].encode(sentences[:8]), expected[:8])
+    assert 1e-3 < found.mean() < 0.06
+    size = weight_bytes(values["encoder"].model)
     assert size.linear_weights == 6 * (4 * 384 * 384 + 2 * 384 * 1536)
     assert size.bits_per_linear_weight == 5  # a float32 scale for every 32
 
