@@ -155,8 +155,8 @@ def pack_planes(codes: Any, bits: int) -> Any:
     if isinstance(codes, np.ndarray):  # one plane of bytes at a time, they are large
         packed = [np.packbits(plane, axis=-1, bitorder="little") for plane in planes]
         return _bytes_to_words(np.stack(packed, axis=-3))
-    planes = jnp.stack(list(planes), axis=-3)
-    octets = planes.reshape(*planes.shape[:-1], planes.shape[-1] // 8, 8)
+    bytewise = jnp.stack(list(planes), axis=-3)
+    octets = bytewise.reshape(*bytewise.shape[:-1], bytewise.shape[-1] // 8, 8)
     return _bytes_to_words((octets << np.arange(8, dtype=np.uint8)).sum(-1, dtype=np.uint8))
 
 

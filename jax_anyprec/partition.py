@@ -31,7 +31,7 @@ Params = dict[str, Any]
 
 
 class Factor(NamedTuple):
-    """A named part of an axis."""
+    """A named part of an axis; size 0 where that is a symbol."""
 
     name: str
     size: int
@@ -69,7 +69,8 @@ class _Contraction:
 
 
 def _rows(x: jax.Array) -> tuple[Axis, ...]:
-    return tuple((Factor(f"m{i}", size),) for i, size in enumerate(x.shape[:-1]))
+    sizes = (size if isinstance(size, int) else 0 for size in x.shape[:-1])
+    return tuple((Factor(f"m{i}", size),) for i, size in enumerate(sizes))
 
 
 def _columns(planes: jax.Array, columns: int | None) -> tuple[Axis, Axis]:
@@ -153,7 +154,7 @@ def shardy_rule(rule: Rule) -> tuple[str, dict[str, Any]]:
     alone: set[str] = set()
 
     def text(axis: Axis) -> str:
-        factors = [f for f in axis if f.size > 1] or [axis[-1]]
+        factors = [f for f in axis if f.size != 1] or [axis[-1]]
         for f in factors:
             seen.setdefault(f.name, f)
         if len(factors) == 1:
@@ -247,7 +248,7 @@ def split(
 
 def quantize_activations(x: jax.Array, signs: jax.Array, **p: Any) -> tuple[jax.Array, jax.Array]:
     """`local.quantize_activations` over devices."""
-    if x.size == 0:
+    if 0 in x.shape:
         return local.quantize_activations(x, signs, **p)
     optional = _present(signs=signs)
 
@@ -260,7 +261,7 @@ def quantize_activations(x: jax.Array, signs: jax.Array, **p: Any) -> tuple[jax.
 
 def int_matmul(codes: jax.Array, planes: jax.Array, **p: Any) -> jax.Array:
     """`local.int_matmul` over devices."""
-    if not (codes.size and planes.size):
+    if 0 in (*codes.shape, *planes.shape):
         return local.int_matmul(codes, planes, **p)
     k = codes.shape[-1]
 
@@ -282,7 +283,7 @@ def matmul(
     **p: Any,
 ) -> jax.Array:
     """`local.matmul` over devices."""
-    if not (x.size and planes.size):
+    if 0 in (*x.shape, *planes.shape):
         return local.matmul(x, planes, scales, offsets, bias, signs, local.absent(), **p)
     k = x.shape[-1]
     optional = _present(offsets=offsets, bias=bias, signs=signs)
@@ -321,7 +322,7 @@ def _on_part(p: Params, k: int, x: jax.Array, planes: jax.Array) -> Params:
     columns = p["columns"]
     if columns is not None and columns % fmt.TILE == 0:
         columns = planes.shape[0] * fmt.TILE
-    sizes = {
+    sizes: Params = {
         name: x.shape[-1] if p[name] == k else p[name]
         for name in ("group_size", "act_group_size")
         if name in p
