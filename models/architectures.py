@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from jax_anyprec.quantization import Quantization
 
@@ -30,6 +31,7 @@ def load_huggingface(
     quantization: Quantization | None = None,
     dtype: Any = None,
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> LoadedModel:
     """Load a float checkpoint from a folder, quantized while it is read, one tensor at a time.
 
@@ -41,6 +43,7 @@ def load_huggingface(
       dtype: to compute in, and of float weights and cache; None for float32 on a CPU and bfloat16
         elsewhere.
       progress: called after each tensor with the bytes of it and those before, and their total.
+      mesh: devices that share the model, along its axis "model"; None for one.
 
     Returns:
       A `LoadedModel`.
@@ -53,7 +56,8 @@ def load_huggingface(
     if quantization is not None and quantization.weights is None:
         raise ValueError(
             "Quantization.weights must be set (1 to 8) for a Hugging Face checkpoint, which holds "
-            "floats; quantization=None loads them as they are"
+            "floats; quantization=None loads them as they are, and load_packed loads folders of "
+            "GPTQ, AWQ and compressed-tensors"
         )
     folder = Folder(path)
     architecture, config = read_config(folder)
@@ -62,7 +66,15 @@ def load_huggingface(
     dtype = default_dtype() if dtype is None else dtype
     # The abstract model has shapes and no weights; each is put in place as it is read.
     model = nnx.eval_shape(lambda: architecture.model(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    fill(model, weights, folder, quantization=quantization, dtype=dtype, progress=progress)
+    fill(
+        model,
+        weights,
+        folder,
+        quantization=quantization,
+        dtype=dtype,
+        progress=progress,
+        mesh=mesh,
+    )
     return LoadedModel(model, config, quantization, folder.name, tokenizer)
 
 

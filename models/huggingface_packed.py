@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 import jax_anyprec as ap
 from jax_anyprec import gptq
@@ -28,6 +29,7 @@ def load_packed(
     quantization: Quantization | None = Quantization(),  # noqa: B008 (frozen)
     dtype: Any = None,
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> LoadedModel:
     """Load a folder whose linear layers are packed, one tensor at a time.
 
@@ -37,7 +39,7 @@ def load_packed(
       quantization: with ``weights=None`` (the default) linear layers stay packed as they are,
         exactly; what is float there, embeddings and norms and often the head, stays float. With
         ``weights=w`` linear layers are quantized anew. None for a float model.
-      dtype, progress: as for `load_huggingface`.
+      dtype, progress, mesh: as for `load_huggingface`.
 
     Returns:
       A `LoadedModel`.
@@ -54,7 +56,15 @@ def load_packed(
     dtype = default_dtype() if dtype is None else dtype
     model = nnx.eval_shape(lambda: architecture.model(config, dtype=dtype, rngs=nnx.Rngs(0)))
     checkpoint = InOrderOfModel(folder, weights)
-    fill(model, weights, checkpoint, quantization=quantization, dtype=dtype, progress=progress)
+    fill(
+        model,
+        weights,
+        checkpoint,
+        quantization=quantization,
+        dtype=dtype,
+        progress=progress,
+        mesh=mesh,
+    )
     return LoadedModel(model, config, quantization, folder.name, tokenizer)
 
 

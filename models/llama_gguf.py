@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 import jax_anyprec as ap
 from jax_anyprec.gguf import EXACT_TYPES, GGUFError, GGUFFile
@@ -82,6 +83,7 @@ def load_gguf(
     quantization: Quantization | None = Quantization(),  # noqa: B008 (frozen)
     dtype: Any = None,
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> LoadedModel:
     """Load a Llama model from a GGUF file, one tensor at a time.
 
@@ -94,6 +96,7 @@ def load_gguf(
       dtype: to compute in, and of float weights and cache; None for float32 on a CPU and bfloat16
         elsewhere.
       progress: called after each tensor with the bytes of the file that are done, and their total.
+      mesh: devices that share the model, along its axis "model"; None for one.
 
     Returns:
       A `LoadedModel`.
@@ -123,6 +126,7 @@ def load_gguf(
         quantization=quantization,
         dtype=dtype,
         progress=progress,
+        mesh=mesh,
     )
     name = file.get("general.name", str, file.path.stem)
     return LoadedModel(model, config, quantization, name, tokenizer)

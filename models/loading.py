@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 import jax_anyprec as ap
 from jax_anyprec.quantization import Quantization
 
 from .dense import packed_embedding, packed_linear
+from .partition import shard_model
 from .projections import merge_projections
 from .tokenizer import Tokenizer
 
@@ -147,6 +149,7 @@ def fill(
     quantization: Quantization | None,
     dtype: Any,
     progress: Progress | None,
+    mesh: Mesh | None = None,
 ) -> None:
     """Give an abstract `model` (from `nnx.eval_shape`) its weights, one tensor at a time.
 
@@ -158,6 +161,8 @@ def fill(
         the checkpoint packs them. None for a float model.
       dtype: that packed layers compute in.
       progress: called after each tensor.
+      mesh: devices that share each part of the model once it is read (`partition.shard_model`);
+        None for one device, on which projections are merged.
     """
     arena = ap.Arena()
     total, done = sum(checkpoint.nbytes(name) for name in weights), 0
@@ -168,8 +173,11 @@ def fill(
             if progress is not None:
                 progress(done, total)
         module = find(model, part)
-        merge_projections(module)
-        nnx.update(module, arena.place(nnx.state(module)))
+        if mesh is not None:
+            shard_model(module, mesh, at=tuple(part.split(".")))
+        else:
+            merge_projections(module)
+            nnx.update(module, arena.place(nnx.state(module)))
 
 
 def _load(

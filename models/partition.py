@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax_anyprec as ap
 from jax_anyprec.rules import pattern_expression
 
+from .projections import Projections
+
 COLUMN = PartitionSpec(None, "model")
 """Each device has some output features; nothing is communicated."""
 ROW = PartitionSpec("model", None)
@@ -30,24 +32,32 @@ TENSOR_PARALLEL: Mapping[str, PartitionSpec] = {
 
 
 def shard_model(
-    model: nnx.Module, mesh: Mesh, rules: Mapping[str, PartitionSpec] = TENSOR_PARALLEL
+    model: nnx.Module,
+    mesh: Mesh,
+    rules: Mapping[str, PartitionSpec] = TENSOR_PARALLEL,
+    *,
+    at: tuple[Any, ...] = (),
 ) -> None:
     """Place the weights of `model` on `mesh`, in place.
 
     Args:
-      model: float or packed. `Projections` should not be merged: cuts would not lie between heads.
+      model: float or packed, with `Projections` that were not merged: cuts of merged ones would not
+        lie between heads.
       mesh: may span processes, each of which calls this with the same model.
       rules: pattern of a module's path (as for `jax_anyprec.quantize_model`) -> spec of its matrix
         ``(K, N)``; of an embedding, ``(features, vocabulary)``. The first that matches decides; all
         other weights lie on every device.
+      at: path of `model` in a larger one, which rules see.
 
     Raises:
-      ValueError: a size can't be cut evenly; the message has the path, and for packed weights what
-        to pad.
+      ValueError: projections are merged, or a size can't be cut evenly; the message has the path,
+        and for packed weights what to pad.
     """
     expressions = [(pattern_expression(pattern), spec) for pattern, spec in rules.items()]
     for path, module in nnx.iter_modules(model):
-        name = "/".join(map(str, path))
+        name = "/".join(map(str, (*at, *path)))
+        if isinstance(module, Projections) and any(len(widths) > 1 for widths in module.widths):
+            raise ValueError(f"{name}: projections are merged; load the model with mesh=...")
         spec = next((s for e, s in expressions if e.fullmatch(name)), PartitionSpec())
         for variable in vars(module).values():
             if isinstance(variable, nnx.Variable):
