@@ -16,11 +16,14 @@ def blocks(info: str) -> list[str]:
     return re.findall(rf"^```{info}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def test_python_examples_run():
+def test_python_examples_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     values: dict = {}
     for block in blocks("python"):
         exec(compile(block, str(README), "exec"), values)
-    assert values["w"].bits == 8
+    assert values["w"].bits == 4
+    assert values["packed"].kernel.get_value().bits == 1
+    assert "layers/1" in capsys.readouterr().out
     assert values["y"].shape == (8, 256)
     assert values["gradient"].shape == (8, 512)
 

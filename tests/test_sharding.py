@@ -239,6 +239,67 @@ def test_embedding_is_cut_over_its_vocabulary() -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", [P(None, "model"), P("model", None)])
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+def test_quantize_of_a_cut_matrix(axes: AxisType, spec: P) -> None:
+    mesh, weights = make_mesh(axes), normal(K, N)
+    with jax.set_mesh(mesh):
+        found = ap.quantize(jax.device_put(weights, NamedSharding(mesh, spec)), 4, group_size=32)
+    expected = ap.quantize(weights, 4, group_size=32)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["QuantLinear", "QuantDense"])
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+def test_layers_are_cut_as_products_are(kind: str, axes: AxisType) -> None:
+    mesh = make_mesh(axes)
+    x, w, bias = operands("groups", True)
+
+    def run(x: jax.Array, w: ap.QuantizedTensor, bias: jax.Array) -> jax.Array:
+        if kind == "QuantLinear":
+            return ap.nnx.QuantLinear.from_tensor(w, bias=bias, activations=8)(x)
+        variables = {"params": {"bias": bias}, ap.linen.COLLECTION: {"kernel": w}}
+        return ap.linen.QuantDense(N, activations=8).apply(variables, x)
+
+    with jax.set_mesh(mesh):
+        placed = place(mesh, "data and column", x, w, bias)
+        compiled = jax.jit(run).lower(*placed).compile()
+        assert collectives(compiled) == {}
+        found = np.asarray(compiled(*placed))
+    np.testing.assert_array_equal(found, run(x, w, bias))
+
+
+def test_integer_operations_under_explicit_axes_and_shard_map() -> None:
+    mesh = make_mesh(AxisType.Explicit)
+    x, w, _ = operands("groups", True)
+    codes = RNG.integers(0, 16, (2, M, K), np.uint8)
+    spec = P(None, "model")
+    products = lambda c, w: ap.int_matmul(c, w, 4)  # noqa: E731
+    rounded = lambda x: ap.quantize_activations(x, 4, group_size=32)  # noqa: E731
+    with jax.set_mesh(mesh):
+        put = lambda a: jax.device_put(a, NamedSharding(mesh, P("data")))  # noqa: E731
+        y = jax.jit(products)(put(codes), ap.shard(w, mesh, spec))
+        assert jax.typeof(y).sharding.spec == P("data", None, "model", None)
+        np.testing.assert_array_equal(y, ap.int_matmul(codes, w, 4))
+        found = jax.jit(rounded)(put(x))
+        assert jax.typeof(found[0]).sharding.spec == P("data", None, None)
+    mesh = make_mesh()
+    by_hand = jax.shard_map(
+        lambda c, w: products(c, ap.local_part(w)),
+        mesh=mesh,
+        in_specs=(P("data"), ap.partition_specs(w, spec)),
+        out_specs=P("data", None, "model"),
+    )
+    np.testing.assert_array_equal(jax.jit(by_hand)(codes, w), ap.int_matmul(codes, w, 4))
+    by_hand = jax.shard_map(
+        rounded, mesh=mesh, in_specs=P(None, None, "model"), out_specs=(P(None, None, "model"),) * 2
+    )
+    for part, a, b in zip(jax.jit(by_hand)(x), found, rounded(x), strict=True):
+        np.testing.assert_array_equal(part, b)
+        np.testing.assert_array_equal(a, b)
+
+
 # --- shardings of a tensor ---
 
 
