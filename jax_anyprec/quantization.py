@@ -51,7 +51,7 @@ class Quantization:
             self.weights,
             group_size=self.group_size,
             scales=self.scales or ("mse" if self.rotate else "absmax"),
-            rotation=Rotation.for_size(kernel.shape[0]) if self.rotate else None,
+            rotation=Rotation.for_size(kernel.shape[-2]) if self.rotate else None,
         )
 
     @property

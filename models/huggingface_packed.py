@@ -127,5 +127,5 @@ class InOrderOfModel:
         if packed is None:
             return None
         # What the weight map makes of the numbers of rows is where it puts them.
-        (order,) = self.weights[name].convert(np.arange(packed.shape[-1])[:, None])
+        order = self.weights[name].convert(np.arange(packed.shape[-1])[:, None])
         return take_columns(packed, order[0])

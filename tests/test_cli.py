@@ -11,11 +11,13 @@ import jax
 import pytest
 import synthetic_gguf as tiny
 from click.testing import CliRunner
+from test_huggingface import with_tokenizer  # noqa: F401
+from test_huggingface_packed import write_packed
 from test_wikipedia import write_dump
 
 import jax_anyprec
 from jax_anyprec import cli, fetch
-from jax_anyprec.models import Quantization
+from jax_anyprec.models import Quantization, weight_bytes
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,23 @@ def test_inspect(checkpoint):
     shown = run("inspect", checkpoint).stdout
     assert re.search(r"^blk.1.ffn_down.weight +Q4_1 +64 x 96 ", shown, re.M)
     assert f"{facts['nbytes']:,}" in shown
+
+
+def test_folders(with_tokenizer):  # noqa: F811
+    options = ("generate", "a", "--raw", "--max-tokens", 3, "--model", with_tokenizer)
+    for weights in ("float", 8):
+        result = run_json(*options, "--weights", weights, "--activations", "float")
+        assert 0 < result["tokens"] <= 3  # it may stop early
+    assert "say how to hold them, with --weights 1..8" in run(*options, code=2).stderr
+    facts = run_json("inspect", with_tokenizer)
+    assert facts["metadata"]["model_type"] == "llama"
+    assert "Error: " in run("inspect", with_tokenizer.parent, code=1).stderr
+
+
+def test_packed_folders_stay_packed(tmp_path):
+    write_packed(tmp_path / "folder", "gptq")
+    model = cli._load(tmp_path / "folder", Quantization(), "Loading").model
+    assert weight_bytes(model).bits_per_linear_weight < 6
 
 
 def test_inspect_shows_no_control_characters_and_obeys_no_markup(tmp_path):

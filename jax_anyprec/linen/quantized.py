@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax.core import meta
 
 from .. import einsum as einsums
-from ..nnx.embed import _rows_of
+from ..lookup import rows_of
 from ..tensor import dequantize_rows
 from . import calls as described
 from .calls import Calls, EinsumCall
@@ -137,7 +137,7 @@ def _look_up(module: nn.Embed, weight: PackedWeight, inputs: jax.Array) -> jax.A
     if module.num_embeddings == 1:
         inputs = jnp.zeros_like(inputs)  # as nn.Embed does
     w = weight.tensor
-    rows = dequantize_rows(*_rows_of(w, inputs.reshape(-1)), w.k)
+    rows = dequantize_rows(*rows_of(w, inputs.reshape(-1)), w.k)
     if w.rotation is not None:
         rows = w.rotation.invert(rows)
     rows = rows.reshape(*inputs.shape, module.features).astype(weight.setting.dtype)

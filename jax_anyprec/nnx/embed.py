@@ -12,7 +12,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, PromoteDtypeFn
 
 from .. import ops
-from ..format import TILE, fields_to_planes
+from ..lookup import rows_of
 from ..quantization import Quantization
 from ..tensor import QuantizedTensor, check_tensor, dequantize_rows
 from .linear import reshard
@@ -61,7 +61,7 @@ class QuantEmbed(nnx.Module):
         w = self.embedding.get_value()
         if self.num_embeddings == 1:  # as in nnx.Embed, any id finds the only row
             inputs = jnp.zeros_like(inputs)
-        rows = dequantize_rows(*_rows_of(w, inputs.reshape(-1)), w.k)
+        rows = dequantize_rows(*rows_of(w, inputs.reshape(-1)), w.k)
         if w.rotation is not None:
             rows = w.rotation.invert(rows)
         (rows,) = self.promote_dtype((rows,), dtype=self.dtype, inexact=False)
@@ -112,24 +112,3 @@ def embed_like(embed: nnx.Embed, table: QuantizedTensor, **options: Any) -> Quan
         embedding_metadata=metadata_of(embed.embedding, axes),
         **options,
     )
-
-
-def _rows_of(w: QuantizedTensor, ids: jax.Array) -> tuple[Any, Any, Any]:
-    """Planes, scales and offsets of the columns `ids` of `w`; scales are NaN out of range."""
-    if not w.prepared:
-        planes = jnp.take(w.planes, ids, axis=1)
-        scales, offsets = (
-            None if x is None else jnp.take(x, ids, axis=0, fill_value=jnp.nan)
-            for x in (w.scales, w.offsets)
-        )
-        return planes, scales, offsets
-    n = w.shape[1]
-    ids = jnp.where(ids < 0, ids + n, ids)
-    known = (ids >= 0) & (ids < n)  # the last tile may be padded
-    tile, lane = jnp.where(known, ids // TILE, w.planes.shape[0]), ids % TILE
-    fields = jnp.asarray(w.planes).at[tile, :, :, lane].get(mode="fill", fill_value=0)
-    scales, offsets = (
-        None if x is None else jnp.asarray(x).at[tile, :, lane].get(mode="fill", fill_value=jnp.nan)
-        for x in (w.scales, w.offsets)
-    )
-    return fields_to_planes(fields), scales, offsets

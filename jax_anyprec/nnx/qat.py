@@ -15,7 +15,8 @@ from ..quantization import Quantization
 from ..quantize import quantize
 from ..rotation import Rotation
 from ..tensor import QuantizedTensor
-from .linear import QuantLinear
+from .linear import QuantLinear, kept_options
+from .metadata import metadata_of
 
 
 class FakeQuantLinear(nnx.Module):
@@ -169,12 +170,5 @@ def packed_like(layer: Any, kernel: QuantizedTensor, **options: Any) -> QuantLin
       options: how it multiplies, see `QuantLinear`.
     """
     return QuantLinear.from_tensor(
-        kernel,
-        bias=None if layer.bias is None else layer.bias[...],
-        dtype=layer.dtype,
-        param_dtype=layer.param_dtype,
-        precision=layer.precision,
-        promote_dtype=layer.promote_dtype,
-        preferred_element_type=layer.preferred_element_type,
-        **options,
+        kernel, kernel_metadata=metadata_of(layer.kernel), **kept_options(layer), **options
     )
