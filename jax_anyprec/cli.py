@@ -511,12 +511,13 @@ def find_file(name: str) -> Path:
 
 def _load(path: Path, setting: Quantization | None, description: str) -> LoadedModel:
     """The model of a GGUF file or of a Hugging Face folder."""
+    from . import gptq
     from .models import load_gguf, load_huggingface, load_packed
     from .models.huggingface import Folder
 
     load: Callable[..., LoadedModel] = load_gguf
     if path.is_dir():
-        packed = "quantization_config" in Folder(path).config.values
+        packed = gptq.has_scheme(Folder(path).path)  # `Folder` says what is wrong with a broken one
         load = load_packed if packed else load_huggingface
         if not packed and setting is not None and setting.weights is None:
             raise click.UsageError(

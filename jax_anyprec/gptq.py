@@ -8,8 +8,10 @@ exact in float32.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,7 @@ __all__ = [
     "LINEAR_PARTS",
     "CheckpointError",
     "Scheme",
+    "has_scheme",
     "linear_names",
     "linear_shape",
     "open_folder",
@@ -54,14 +57,34 @@ def open_folder(path: str | os.PathLike[str]) -> tuple[Mapping[str, np.ndarray],
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {str(path)!r}")
     scheme = _read_scheme(path)
-    tensors, _ = read_tensors(_find_tensors(path))
+    try:
+        tensors, _ = read_tensors(_find_tensors(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.name} lacks a file: {error}") from None
     return tensors, scheme
 
 
+def has_scheme(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder says in one of the files that `open_folder` reads how its layers are packed.
+
+    Raises:
+      CheckpointError: one of these files is not JSON.
+    """
+    return _find_scheme(Path(path)) is not None
+
+
 def linear_names(tensors: Iterable[str]) -> list[str]:
-    """Names of the packed linear layers among those of tensors, in their order."""
+    """Names of the packed linear layers among those of tensors, in their order.
+
+    Raises:
+      CheckpointError: one is packed in two ways.
+    """
     endings = (".qweight", ".weight_packed")
-    return [n.removesuffix(e) for n in tensors for e in endings if n.endswith(e)]
+    names = [n.removesuffix(e) for n in tensors for e in endings if n.endswith(e)]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise CheckpointError(f"{name} is packed twice, as qweight and as weight_packed")
+    return names
 
 
 def linear_shape(tensors: Mapping[str, np.ndarray], name: str, scheme: Scheme) -> tuple[int, int]:
@@ -147,7 +170,18 @@ def _order(
 
 
 def _read_scheme(path: Path) -> Scheme:
-    """From the first file that has one."""
+    found = _find_scheme(path)
+    if found is None:
+        raise CheckpointError(
+            f"{path.name} has no quantization_config in config.json, and neither "
+            "quantize_config.json nor quant_config.json"
+        )
+    config, where = found
+    return Scheme.parse(config, f"{path.name}/{where}")
+
+
+def _find_scheme(path: Path) -> tuple[Any, str] | None:
+    """The JSON that describes the scheme, not yet checked, and its place in the folder."""
     for name in ("config.json", "quantize_config.json", "quant_config.json"):
         file = path / name
         if not file.is_file():
@@ -159,11 +193,8 @@ def _read_scheme(path: Path) -> Scheme:
             config = config.get("quantization_config") if isinstance(config, dict) else None
             if config is None:
                 continue
-        return Scheme.parse(config, f"{path.name}/{where}")
-    raise CheckpointError(
-        f"{path.name} has no quantization_config in config.json, and neither quantize_config.json "
-        "nor quant_config.json"
-    )
+        return config, where
+    return None
 
 
 def _find_tensors(path: Path) -> Path:

@@ -189,9 +189,18 @@ def test_folders(with_tokenizer):  # noqa: F811
     assert "Error: " in run("inspect", with_tokenizer.parent, code=1).stderr
 
 
-def test_packed_folders_stay_packed(tmp_path):
-    write_packed(tmp_path / "folder", "gptq")
-    model = cli._load(tmp_path / "folder", Quantization(), "Loading").model
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [("gptq", "config.json"), ("gptq", "quantize_config.json"), ("awq", "quant_config.json")],
+)
+def test_packed_folders_stay_packed(tmp_path, kind, file):
+    folder = tmp_path / "folder"
+    write_packed(folder, kind)
+    if file != "config.json":  # as old versions of the tools did
+        config = json.loads((folder / "config.json").read_text())
+        (folder / file).write_text(json.dumps(config.pop("quantization_config")))
+        (folder / "config.json").write_text(json.dumps(config))
+    model = cli._load(folder, Quantization(), "Loading").model
     assert isinstance(model.layers[0].feed_forward.down, jax_anyprec.nnx.QuantLinear)
 
 

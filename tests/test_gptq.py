@@ -26,6 +26,7 @@ import jax_anyprec as ap
 from jax_anyprec.gptq import (
     CheckpointError,
     Scheme,
+    has_scheme,
     linear_names,
     linear_shape,
     open_folder,
@@ -473,6 +474,8 @@ def test_folder(tmp_path, dtype):
 def test_names_of_packed_layers():
     names = ["a.qweight", "a.qzeros", "b.weight", "c.weight_packed", "c.weight_scale"]
     assert linear_names(names) == ["a", "c"]
+    with pytest.raises(CheckpointError, match=r"^a is packed twice, as qweight and as weight_pac"):
+        linear_names([*names, "a.weight_packed"])
 
 
 @pytest.mark.parametrize("name", ["quantize_config", "quant_config"])
@@ -486,6 +489,7 @@ def test_folders_of_old_with_a_file_of_their_own_names(tmp_path, name):
     (tmp_path / "m/model.safetensors").rename(tmp_path / "m/gptq_model-4bit-32g.safetensors")
     opened, scheme = open_folder(tmp_path / "m")
     check(read_linear(opened, "layer", scheme), random_weights())
+    assert has_scheme(tmp_path / "m")
 
 
 def test_folders_that_are_refused(tmp_path):
@@ -494,6 +498,7 @@ def test_folders_that_are_refused(tmp_path):
     write_folder(tmp_path / "a", pack_gptq(random_weights()), config={"model_type": "llama"})
     with pytest.raises(CheckpointError, match=r"a has no quantization_config in config.json"):
         open_folder(tmp_path / "a")
+    assert not has_scheme(tmp_path / "a")
     (tmp_path / "a/config.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"config.json is not JSON"):
         open_folder(tmp_path / "a")
@@ -503,6 +508,10 @@ def test_folders_that_are_refused(tmp_path):
     (tmp_path / "a/config.json").write_text(json.dumps({"quantization_config": GPTQ}))
     (tmp_path / "a/model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"a must have model.safetensors, .*, got 0"):
+        open_folder(tmp_path / "a")
+    index = json.dumps({"weight_map": {"layer.qweight": "missing.safetensors"}})
+    (tmp_path / "a/model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=r"a lacks a file: .*missing.safetensors"):
         open_folder(tmp_path / "a")
 
 
