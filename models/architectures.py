@@ -14,6 +14,7 @@ from jax_anyprec.quantization import Quantization
 from . import bert_huggingface, gpt2_huggingface, llama_huggingface
 from .dense import default_dtype
 from .huggingface import FLOAT_TYPES, Architecture, Folder, HuggingFaceError
+from .llama import Llama
 from .loading import LoadedModel, Progress, Weight, check_tensors, fill
 from .tokenizer_huggingface import load_tokenizer
 
@@ -43,7 +44,8 @@ def load_huggingface(
       dtype: to compute in, and of float weights and cache; None for float32 on a CPU and bfloat16
         elsewhere.
       progress: called after each tensor with the bytes of it and those before, and their total.
-      mesh: devices that share the model, along its axis "model"; None for one.
+      mesh: devices that share the model, along its axis "model"; None for one. Only for the Llama
+        family: all but GPT-2 and BERT.
 
     Returns:
       A `LoadedModel`.
@@ -51,7 +53,8 @@ def load_huggingface(
     Raises:
       FileNotFoundError: there is no such folder.
       HuggingFaceError: the folder is broken, or holds what is not supported.
-      ValueError: `quantization` says nothing about weights.
+      ValueError: `quantization` says nothing about weights, or `mesh` is given for a model without
+        partition rules.
     """
     if quantization is not None and quantization.weights is None:
         raise ValueError(
@@ -61,6 +64,7 @@ def load_huggingface(
         )
     folder = Folder(path)
     architecture, config = read_config(folder)
+    check_mesh(architecture, mesh)
     tokenizer = load_tokenizer(folder)
     weights = choose_weights(folder, architecture, config)
     dtype = default_dtype() if dtype is None else dtype
@@ -93,6 +97,15 @@ def read_config(folder: Folder) -> tuple[Architecture, Any]:
         raise
     except ValueError as error:
         raise HuggingFaceError(f"{folder.config.where}: {error}") from None
+
+
+def check_mesh(architecture: Architecture, mesh: Mesh | None) -> None:
+    """ValueError for a mesh if `partition` has no rules for the model: each would have it whole."""
+    if mesh is not None and architecture.model is not Llama:
+        raise ValueError(
+            "mesh must be None for this model: there are partition rules for architectures of the "
+            f"Llama family only, {', '.join(llama_huggingface.ARCHITECTURES)}"
+        )
 
 
 def choose_weights(folder: Folder, architecture: Architecture, config: Any) -> dict[str, Weight]:

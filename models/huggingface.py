@@ -16,8 +16,10 @@ from typing import Any
 import ml_dtypes  # noqa: F401 (NumPy knows bfloat16 from here on)
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError, safe_open
 
 import jax_anyprec as ap
+from jax_anyprec.safetensors import CheckpointError
 
 from .loading import Weight
 
@@ -37,7 +39,7 @@ MAX_JSON_BYTES = {
 _REQUIRED: Any = object()
 
 
-class HuggingFaceError(ValueError):
+class HuggingFaceError(CheckpointError):
     """A checkpoint folder is broken, or holds what is not supported."""
 
 
@@ -277,12 +279,6 @@ class Folder:
                 )
 
     def _open(self, name: str) -> Any:
-        try:
-            from safetensors import SafetensorError, safe_open
-        except ImportError:
-            raise ImportError(
-                "reading safetensors needs safetensors: pip install 'jax-anyprec[demo]'"
-            ) from None
         path = self.path / name
         if not path.is_file():
             raise self._error(f"lacks {name}")

@@ -53,11 +53,13 @@ class Weight:
       path: of the parameter.
       shape: of the tensor in the checkpoint.
       convert: from the tensor to the parameter's values.
+      transposed: whether that makes ``[in, out]`` of a matrix ``[out, in]``.
     """
 
     path: str
     shape: tuple[int, ...]
     convert: Callable[[np.ndarray], np.ndarray]
+    transposed: bool
 
 
 def transpose(x: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
@@ -93,6 +95,7 @@ def expand(table: Mapping[str, Row], sizes: Mapping[str, int]) -> dict[str, Weig
             row.path.format(i=i),
             tuple(sizes[name] for name in row.shape.split()),
             functools.partial(_convert, row, sizes),
+            transpose in row.changes,
         )
 
     weights = {name: expand_row(row, None) for name, row in table.items() if "{i}" not in name}
@@ -215,11 +218,28 @@ def _put(
     if quantization is None or not isinstance(values, ap.QuantizedTensor):
         variable = getattr(module, parameter)
         variable.set_value(jnp.asarray(values, variable.get_value().dtype))
-    elif isinstance(module, nnx.Embed):
+        return
+    _check_replaced(path, module, values)
+    if isinstance(module, nnx.Embed):
         replace(model, place, packed_embedding(quantization, values, dtype))
     else:
         bias = None if module.bias is None else module.bias.get_value()
         replace(model, place, packed_linear(quantization, values, dtype, bias=bias))
+
+
+def _check_replaced(path: str, module: Any, values: ap.QuantizedTensor) -> None:
+    """ValueError unless a layer of packed `values` computes what `module` does."""
+    if type(module) is nnx.Linear:
+        shape = module.kernel.shape
+    elif type(module) is nnx.Embed:  # its table lies [vocabulary, features]
+        shape = module.embedding.shape[::-1]
+    else:
+        raise ValueError(
+            f"{path}: packed weights must take the place of an nnx.Linear or an nnx.Embed, got "
+            f"{type(module).__name__}"
+        )
+    if values.shape != shape:
+        raise ValueError(f"{path}: packed weights must have shape {shape}, got {values.shape}")
 
 
 def find(model: nnx.Module, path: str) -> Any:
