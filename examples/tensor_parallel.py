@@ -12,10 +12,10 @@ the number of processes and the number of this one).
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     model = options.model or fetch.fetch("smollm2")
     if options.processes:
-        start(options.processes, [options.prompt, "--model", model, "--tokens", options.tokens])
+        start(options.processes, ["--model", model, "--tokens", options.tokens], options.prompt)
         return
     if options.join:
         address, count, number = options.join.split(",")
@@ -71,19 +71,27 @@ def complete(path: Path, prompt: str, tokens: int) -> str:
     return loaded.tokenizer.decode(list(answer))
 
 
-def start(count: int, arguments: Sequence[object]) -> None:
-    """Run this program in `count` processes, and raise if one of them fails."""
+def start(count: int, arguments: Sequence[object], prompt: str) -> None:
+    """Run this program in `count` processes; if one of them fails, stop the others and raise."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     command = [sys.executable, __file__, *map(str, arguments)]
     processes = [
-        subprocess.Popen([*command, "--join", f"{address},{count},{number}"], env=dict(os.environ))
+        subprocess.Popen([*command, "--join", f"{address},{count},{number}", "--", prompt])
         for number in range(count)
     ]
-    failed = [number for number, process in enumerate(processes) if process.wait() != 0]
-    if failed:
-        raise SystemExit(f"processes {failed} of {count} failed")
+    try:
+        while any(process.poll() is None for process in processes):
+            failed = [n for n, process in enumerate(processes) if process.poll()]
+            if failed:
+                raise SystemExit(f"processes {failed} of {count} failed")
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()
+    if any(process.returncode for process in processes):
+        raise SystemExit("a process failed")
 
 
 if __name__ == "__main__":

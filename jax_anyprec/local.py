@@ -111,13 +111,13 @@ def _matmul_xla(
     peaks: jax.Array,
     **p: Any,
 ) -> jax.Array:
-    absent_offsets = None if offsets.ndim == 1 else offsets
-    planes, scales, present = in_planes(planes, scales, absent_offsets, p["columns"])
+    given = None if offsets.ndim == 1 else offsets
+    planes, scales, given = in_planes(planes, scales, given, p["columns"])
     return reference.matmul(
         rotate(x, signs, p["block"]),
         planes,
         scales,
-        present,
+        given,
         bias if bias.size else None,
         act_bits=p["act_bits"],
         act_group_size=p["act_group_size"],

@@ -39,6 +39,9 @@ class Factor(NamedTuple):
     """May be cut and stays cut in the result; may be cut, and the results summed; can't be cut."""
 
 
+CUT_K = "u"
+"""The factor of K that counts the parts it may be cut in."""
+
 Axis = tuple[Factor, ...]
 """Factors of an axis, the slowest first; it is the one that may be cut."""
 
@@ -54,18 +57,17 @@ class Rule(NamedTuple):
 
 
 class _Contraction:
-    """Factors of K and of what is stored along it, in parts that may lie on different devices."""
+    """K in parts that may lie on different devices, each `unit` long: whole words and groups."""
 
     def __init__(self, k: int, unit: int, role: Literal["split", "sum"]):
-        self.k, self.unit = k, unit
-        whole_words = unit % fmt.WORD_BITS == 0 and unit > 0
-        self.parts = Factor("u", k // unit if whole_words else 1, role)
+        fits = unit > 0 and unit % fmt.WORD_BITS == 0 and k % unit == 0
+        self.parts = Factor(CUT_K, max(1, k // unit) if fits else 1, role)
 
     def axis(self, length: int, name: str) -> Axis:
-        """The axis of `length` entries over all of K."""
-        if length == self.parts.size * (length // max(1, self.parts.size)) and length > 1:
-            return (self.parts, Factor(name, length // self.parts.size, "whole"))
-        return (Factor(name, length, "whole"),)
+        """The axis of `length` entries over all of K; one entry for all of it is not cut."""
+        if length == 1:
+            return (Factor(name, 1, "whole"),)
+        return (self.parts, Factor(name, length // self.parts.size, "whole"))
 
 
 def _rows(x: jax.Array) -> tuple[Axis, ...]:
@@ -178,10 +180,13 @@ def assign(
     """Mesh axes of each factor that the operands with these specs are cut in.
 
     An axis of the mesh goes to the first factor that has it, and to none that it does not divide.
+    Weights come before activations, so what a product does follows from how they lie, and they
+    never move.
     """
     chosen: dict[str, Any] = {}
     taken: set[Any] = set()
-    for axes, spec in zip(rule.operands, specs, strict=True):
+    activations, *weights = zip(rule.operands, specs, strict=True)
+    for axes, spec in (*weights, activations):
         for axis, names in zip(axes, (*spec, *[None] * len(axes)), strict=False):
             major = axis[0]
             parts = names if isinstance(names, tuple) else (names,)
@@ -231,7 +236,7 @@ def split(
         def run(*operands: jax.Array) -> Any:
             # A device's part is no array over the mesh of the context, whose axes may be explicit.
             with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-                return part(chosen.get("u"))(*operands)
+                return part(chosen.get(CUT_K))(*operands)
 
         return mesh, run, results(mesh, chosen), operands
 

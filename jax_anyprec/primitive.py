@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from . import format as fmt
 from . import local, partition, reference
@@ -199,13 +200,20 @@ def _matmul_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], **p: Any) -
         else:
             dm = offsets_dot if _nonzero(offsets_dot) else jnp.zeros_like(offsets)
         rows_dot = dequantize_rows(*local.in_planes(planes, ds, dm, p["columns"]), x.shape[-1])
-        term = reference.dot_rows(_seen_activations(x, p), rows_dot)
+        out_sharding = _explicit(jax.typeof(out))
+        term = reference.dot_rows(_seen_activations(x, p), rows_dot, out_sharding)
         terms.append(term.astype(p["out_dtype"]))
     if _nonzero(bias_dot):
         terms.append(jnp.broadcast_to(bias_dot.astype(p["out_dtype"]), out.shape))
     if not terms:
         return out, ad.Zero(jax.typeof(out).to_tangent_aval())
     return out, functools.reduce(jnp.add, terms)
+
+
+def _explicit(aval: ShapedArray) -> Any:
+    """The sharding of an array if its mesh has explicit axes, for products; else None."""
+    explicit = AxisType.Explicit in aval.sharding.mesh.axis_types
+    return aval.sharding if explicit else None
 
 
 def _nonzero(tangent: Any) -> bool:
@@ -240,7 +248,10 @@ def _matmul_transpose(ct: Any, x: Any, planes: Any, scales: Any, *rest: Any, **p
     k = x.aval.shape[-1]
     offsets = rest[0] if p["has_offsets"] else None
     rows = dequantize_rows(*local.in_planes(planes, scales, offsets, p["columns"]), k)
-    x_ct = jnp.matmul(ct.astype(jnp.float32), rows, precision="highest")
+    contract = (((ct.ndim - 1,), (0,)), ((), ()))
+    x_ct = jax.lax.dot_general(
+        ct.astype(jnp.float32), rows, contract, precision="highest", out_sharding=_explicit(x.aval)
+    )
     if p["rotation"] is not None:
         x_ct = p["rotation"].invert(x_ct)
     return [x_ct.astype(x.aval.dtype), *others]

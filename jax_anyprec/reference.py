@@ -77,10 +77,10 @@ def matmul(
     return y.astype(out_dtype)
 
 
-def dot_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
+def dot_rows(x: jax.Array, rows: jax.Array, out_sharding: Any = None) -> jax.Array:
     """``x[..., K] @ rows[N, K].T`` in full float32."""
     contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, rows, contract, precision=jax.lax.Precision.HIGHEST)
+    return jax.lax.dot_general(x, rows, contract, precision="highest", out_sharding=out_sharding)
 
 
 def _scaled_product(

@@ -21,8 +21,8 @@ def partition_specs(w: QuantizedTensor, spec: PartitionSpec) -> QuantizedTensor:
         parallel), ``P("model", None)`` input features (row parallel).
 
     Returns:
-      A `QuantizedTensor` with specs in the places of its arrays. K is cut between words of planes
-      and between scale groups; one scale for all of K lies on every device.
+      A `QuantizedTensor` with specs in the places of its arrays; one scale for all of K lies on
+      every device. Whether sizes can be cut so is checked by `tensor_sharding`.
     """
     names = (*spec, *[None] * (len(w.shape) - len(spec)))
     if len(names) > len(w.shape):
@@ -48,8 +48,11 @@ def tensor_sharding(
     evenly; the message says what to pad.
     """
     for axis, names in zip(("K", "N"), (*spec[len(w.shape) - 2 :], None, None), strict=False):
-        parts = names if isinstance(names, tuple) else (names,)
-        count = math.prod(mesh.shape[name] for name in parts if name is not None)
+        parts = [n for n in (names if isinstance(names, tuple) else (names,)) if n is not None]
+        unknown = [name for name in parts if name not in mesh.shape]
+        if unknown:
+            raise ValueError(f"spec must name axes of the mesh {mesh.axis_names}, got {unknown}")
+        count = math.prod(mesh.shape[name] for name in parts)
         _check_even(w, axis, count)
     specs = partition_specs(w, spec)
     place = lambda s: None if s is None else NamedSharding(mesh, s)  # noqa: E731
@@ -70,10 +73,13 @@ def local_part(w: QuantizedTensor) -> QuantizedTensor:
     """The part of a tensor that `jax.shard_map` hands to a device, as a tensor of its own.
 
     The arrays are a part already, but sizes that are static (K, N) are still those of the whole.
+    Where K is cut, sum the products of the parts (`jax.lax.psum`). Activations that have one scale
+    for all of K (``act_scales="token"``, or one weight group) have one for each part then; under
+    automatic sharding they keep the one.
 
     Raises:
-      ValueError: K was cut and `w` is rotated: the signs of a part depend on its place. Automatic
-        sharding knows them.
+      ValueError: K was cut and `w` is rotated: the signs of a part depend on its place, which
+        automatic sharding knows. Or N was cut and `w` is prepared with a last tile that is padded.
     """
     words = w.planes.shape[-3 if w.prepared else -1]
     k = w.k if words == fmt.words(w.k) else words * fmt.WORD_BITS
@@ -83,8 +89,13 @@ def local_part(w: QuantizedTensor) -> QuantizedTensor:
             "use automatic sharding (jax.jit), or cut N"
         )
     columns = w.columns
-    if columns is not None:
-        columns = min(columns, w.planes.shape[-4] * fmt.TILE)
+    if columns is not None and w.planes.shape[-4] != -(-columns // fmt.TILE):
+        if columns % fmt.TILE:
+            raise ValueError(
+                f"w must have whole tiles of {fmt.TILE} columns where shard_map cuts N of a "
+                f"prepared tensor, got N = {columns}"
+            )
+        columns = w.planes.shape[-4] * fmt.TILE
     group_size = k if w.groups == 1 else w.group_size
     return dataclasses.replace(w, k=k, group_size=group_size, columns=columns)
 

@@ -59,23 +59,44 @@ def shard_model(
         if isinstance(module, Projections) and any(len(widths) > 1 for widths in module.widths):
             raise ValueError(f"{name}: projections are merged; load the model with mesh=...")
         spec = next((s for e, s in expressions if e.fullmatch(name)), PartitionSpec())
-        for variable in vars(module).values():
+        for key, variable in vars(module).items():
             if isinstance(variable, nnx.Variable):
+                along_n = PartitionSpec(*spec[1:]) if key in ("bias", "scale") else None
+                transposed = isinstance(module, nnx.Embed)
                 try:
-                    variable.set_value(_place(variable.get_value(), module, mesh, spec))
+                    value = variable.get_value()
+                    variable.set_value(_place(value, mesh, spec, along_n, transposed))
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
 
 
-def _place(value: Any, module: nnx.Module, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """A variable's value on the mesh; `spec` is of the matrix of its module."""
+def _place(
+    value: Any,
+    mesh: Mesh,
+    spec: PartitionSpec,
+    along_n: PartitionSpec | None,
+    transposed: bool,
+) -> Any:
+    """A variable's value on the mesh.
+
+    `spec` is of the matrix ``(K, N)`` in its last two axes (`transposed`: ``(N, K)``), or `along_n`
+    of the last axis of a bias or norm. Axes before them are of stacked layers, which stay whole.
+    """
     if isinstance(value, ap.QuantizedTensor):
-        return jax.tree.map(put_global, value, ap.tensor_sharding(value, mesh, spec))
-    if value.ndim == 1:  # a bias or the scale of a norm lies along N
-        spec = PartitionSpec(*spec[1:])
-    elif isinstance(module, nnx.Embed):  # [vocabulary, features]
-        spec = PartitionSpec(*reversed((*spec, *[None] * (2 - len(spec)))))
-    return put_global(value, NamedSharding(mesh, spec))
+        full = _last(spec, 2, len(value.shape))
+        return jax.tree.map(put_global, value, ap.tensor_sharding(value, mesh, full))
+    if along_n is not None:
+        return put_global(value, NamedSharding(mesh, _last(along_n, 1, value.ndim)))
+    if value.ndim < 2:
+        return put_global(value, NamedSharding(mesh, PartitionSpec()))
+    *leading, k, n = _last(spec, 2, value.ndim)
+    names = (n, k) if transposed else (k, n)
+    return put_global(value, NamedSharding(mesh, PartitionSpec(*leading, *names)))
+
+
+def _last(spec: PartitionSpec, axes: int, rank: int) -> PartitionSpec:
+    """`spec` of the last `axes` of `rank` axes."""
+    return PartitionSpec(*[None] * (rank - axes), *spec, *[None] * (axes - len(spec)))
 
 
 def put_global(value: jax.Array, sharding: NamedSharding) -> jax.Array:

@@ -39,6 +39,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rotated": ({"rotation": ap.Rotation(64, 3), "group_size": 32}, {"act_bits": 4}),
     "one scale": ({"rotation": ap.Rotation(64, 3)}, {"act_bits": 2}),
     "float activations": ({}, {}),
+    "offsets": ({"group_size": 64}, {"act_bits": 8}),
 }
 
 
@@ -59,6 +60,8 @@ def collectives(compiled: Any) -> dict[str, int]:
 
 def operands(kind: str, prepared: bool) -> tuple[np.ndarray, ap.QuantizedTensor, np.ndarray]:
     w = ap.quantize(normal(K, N), 4, **KINDS[kind][0])
+    if kind == "offsets":
+        w = dataclasses.replace(w, offsets=normal(*w.scales.shape))
     return normal(2, M, K), w.prepare() if prepared else w, normal(N)
 
 
@@ -114,15 +117,17 @@ def test_automatic_sharding(kind: str, prepared: bool, split: str) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_explicit_axes(split: str) -> None:
+@pytest.mark.parametrize("kind", ["groups", "one scale"])
+def test_explicit_axes(kind: str, split: str) -> None:
     mesh = make_mesh(AxisType.Explicit)
-    x, w, bias = operands("groups", True)
-    expected = ap.matmul(x, w, bias=bias, act_bits=8)
+    x, w, bias = operands(kind, kind == "groups")
+    options = KINDS[kind][1]
+    expected = ap.matmul(x, w, bias=bias, **options)
     with jax.set_mesh(mesh):
         placed = place(mesh, split, x, w, bias)
-        run = jax.jit(lambda x, w, bias: ap.matmul(x, w, bias=bias, act_bits=8))
+        run = jax.jit(lambda x, w, bias: ap.matmul(x, w, bias=bias, **options))
         compiled = run.lower(*placed).compile()
-        assert collectives(compiled) == expected_collectives(split, "groups")
+        assert collectives(compiled) == expected_collectives(split, kind)
         assert jax.typeof(run(*placed)).sharding.spec == result_spec(split)
         check(compiled(*placed), expected, split)
 
@@ -170,18 +175,21 @@ def test_partly_manual_shard_map() -> None:
     np.testing.assert_array_equal(jax.jit(run)(x, placed), ap.matmul(x, w, act_bits=8))
 
 
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("split", ["column", "row", "data and row"])
-def test_derivatives(split: str) -> None:
-    mesh = make_mesh()
-    x, w, bias = operands("rotated", True)
+def test_derivatives(split: str, axes: AxisType) -> None:
+    mesh = make_mesh(axes)
+    # A rotated x can't be split in blocks along an explicit axis, by JAX's rules for reshape.
+    x, w, bias = operands("rotated" if axes == AxisType.Auto else "groups", True)
 
     def loss(x: Any, scales: Any, bias: Any, w: ap.QuantizedTensor) -> jax.Array:
         y = ap.matmul(x, dataclasses.replace(w, scales=scales), bias=bias, act_bits=8)
         return jnp.sin(y).sum()
 
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
-    placed_x, placed_w, placed_bias = place(mesh, split, x, w, bias)
-    found = gradient(placed_x, placed_w.scales, placed_bias, placed_w)
+    with jax.set_mesh(mesh):
+        placed_x, placed_w, placed_bias = place(mesh, split, x, w, bias)
+        found = gradient(placed_x, placed_w.scales, placed_bias, placed_w)
     for a, b in zip(found, gradient(x, w.scales, bias, w), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
@@ -209,6 +217,54 @@ def test_quantized_activations_stay_where_they_are(spec: P) -> None:
     assert collectives(compiled) == {}
     for a, b in zip(compiled(placed), ap.quantize_activations(x, 4, **options), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+@pytest.mark.parametrize("k", [80, 144])
+def test_k_that_is_no_multiple_of_words_is_not_cut(k: int, implementation: str) -> None:
+    """Even if the activations are: a part would end within a word."""
+    mesh = make_mesh()
+    x, w = normal(4, k), ap.quantize(normal(k, N), 3)
+    codes = RNG.integers(0, 16, (4, k), np.uint8)
+    put = lambda a: jax.device_put(a, NamedSharding(mesh, P(None, "data")))  # noqa: E731
+
+    def run(x: Any, codes: Any) -> Any:
+        options = {"implementation": implementation}
+        products = ap.matmul(x, w, act_bits=8, **options), ap.int_matmul(codes, w, 4, **options)
+        return *products, ap.quantize_activations(x, 4, **options)
+
+    found, expected = jax.jit(run)(put(x), put(codes)), run(x, codes)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("x_spec", "w_spec"),
+    [(P(None, None, "model"), P(None, "model")), (P("data"), P("data", None))],
+)
+def test_weights_stay_where_they_are_if_activations_lie_otherwise(x_spec: P, w_spec: P) -> None:
+    mesh = make_mesh()
+    x, w, _ = operands("groups", True)
+    placed = jax.device_put(x, NamedSharding(mesh, x_spec)), ap.shard(w, mesh, w_spec)
+    compiled = jax.jit(lambda x, w: ap.matmul(x, w, act_bits=8)).lower(*placed).compile()
+    kinds = r"(all-gather|all-to-all|collective-permute)(-start)?\("
+    moved = [line for line in compiled.as_text().splitlines() if re.search(kinds, line)]
+    assert moved
+    assert not [line for line in moved if "u32[" in line]
+    np.testing.assert_allclose(compiled(*placed), ap.matmul(x, w, act_bits=8), atol=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_a_token_that_is_not_finite_on_one_device_is_so_on_all(implementation: str) -> None:
+    mesh = make_mesh()
+    x, w, _ = operands("one scale", True)
+    x[0, 1, 3], x[1, 2, K - 1] = np.inf, np.nan
+    run = jax.jit(lambda x, w: ap.matmul(x, w, act_bits=8, implementation=implementation))
+    found = run(jax.device_put(x, NamedSharding(mesh, P(None, None, "model"))),
+                ap.shard(w, mesh, P("model")))  # fmt: skip
+    expected = ap.matmul(x, w, act_bits=8, implementation=implementation)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    assert np.isnan(expected[0, 1]).all()
 
 
 def test_a_mapped_axis_stays_on_its_devices() -> None:
@@ -327,6 +383,7 @@ def test_partition_specs() -> None:
         (192, 64, {"group_size": 96}, False, P("model"), "multiple of 96 .*pad K to 384"),
         (192, 64, {"rotation": ap.Rotation(64)}, False, P("model"), "multiple of 64 .*to 256"),
         (192, 64, {}, False, P(("data", "model")), "in 8 parts.*pad K to 256"),
+        (192, 64, {}, False, P("expert"), "spec must name axes of the mesh .*got .'expert'"),
     ],
 )
 def test_uneven_sizes_say_what_to_pad(
@@ -345,6 +402,17 @@ def test_rotated_parts_of_k_are_refused_in_shard_map() -> None:
         lambda w: ap.local_part(w).planes, mesh=mesh, in_specs=(specs,), out_specs=specs.planes
     )
     with pytest.raises(ValueError, match="w must not be rotated where shard_map cuts K"):
+        run(w)
+
+
+def test_padded_tiles_are_refused_in_shard_map() -> None:
+    w = ap.quantize(normal(64, 40), 3).prepare()
+    mesh = jax.make_mesh((2,), ("n",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    specs = ap.partition_specs(w, P(None, "n"))
+    run = jax.shard_map(
+        lambda w: ap.local_part(w).planes, mesh=mesh, in_specs=(specs,), out_specs=specs.planes
+    )
+    with pytest.raises(ValueError, match=r"w must have whole tiles of 32 columns .* N = 40"):
         run(w)
 
 

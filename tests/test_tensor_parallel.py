@@ -15,6 +15,7 @@ import pytest
 import synthetic_gguf
 from flax import nnx
 from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 from test_sharding import collectives
 
 import jax_anyprec as ap
@@ -103,6 +104,17 @@ def test_each_device_holds_its_part(path: Path) -> None:
         (packed,) = (v for v in vars(linear).values() if isinstance(v, ap.nnx.Packed))
         for field in jax.tree.leaves(packed.get_value()):
             assert all(2 * shard.data.size == field.size for shard in field.addressable_shards)
+
+
+def test_stacked_layers_are_cut_in_their_matrix() -> None:
+    @nnx.vmap
+    def make(key: jax.Array) -> nnx.Linear:
+        return nnx.Linear(64, 128, rngs=nnx.Rngs(key))
+
+    layers = make(jax.random.split(jax.random.key(0), 3))
+    shard_model(layers, mesh_of(2), {"**": P(None, "model")})
+    assert layers.kernel.get_value().sharding.spec == P(None, None, "model")
+    assert layers.bias.get_value().sharding.spec == P(None, "model")
 
 
 def test_merged_projections_are_refused(path: Path) -> None:

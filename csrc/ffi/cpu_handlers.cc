@@ -257,7 +257,7 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer planes,
     // Absent peaks have no elements, and so have those of no rows.
     if (peaks.element_count() > 0) {
       require(peaks.element_type() == ffi::DataType::F32 && has_shape(peaks, {p.act.m}) &&
-                  act_group_size == p.act.k,
+                  act_group_size == p.act.k && p.act.bits > 0,
               "peaks must be float32[M], for one scale a token");
       p.act.peaks = static_cast<const float*>(peaks.untyped_data());
     }

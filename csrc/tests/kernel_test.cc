@@ -257,6 +257,11 @@ void test_product(const Kernels& kernels, const Shape& s, int act_bits, int bits
   p.act.dtype = p.out_dtype = p.bias_dtype = p.w.scale_dtype = p.w.offset_dtype = DType::kF32;
   p.act.block = block;
   p.act.signs = signs.get();
+  // Largest magnitudes that are given, as if a row were one of several parts.
+  bool peaked = token && offsets && act_bits != 0 && block == 0 && s.k > 0;
+  Exact<float> peaks(s.m);
+  for (int64_t m = 0; m < s.m; ++m) peaks[m] = 2.0f + static_cast<float>(m % 5);
+  if (peaked) p.act.peaks = peaks.get();
   p.w.scales = prepared ? tiled_scales.get() : scales.get();
   p.w.offsets = !offsets ? nullptr : prepared ? tiled_minima.get() : minima.get();
   p.bias = bias.get();
@@ -281,7 +286,8 @@ void test_product(const Kernels& kernels, const Shape& s, int act_bits, int bits
       largest[i / act_group] = std::max(largest[i / act_group], std::fabs(seen[i]));
     }
     for (int64_t g = 0; act_bits != 0 && g < s.k; g += act_group) {
-      float scale = naive_scale(row.data() + g, act_group, act_bits);
+      float scale = peaked ? naive_scale(&peaks[m], 1, act_bits)
+                           : naive_scale(row.data() + g, act_group, act_bits);
       for (int64_t i = g; i < g + act_group; ++i) {
         seen[i] = static_cast<double>(scale) * act_int(naive_code(row[i], scale, act_bits), act_bits);
       }
