@@ -38,19 +38,22 @@ def save(
 ) -> None:
     """Write a tree to a safetensors file, which replaces an older one when it is complete.
 
-    Tensors are written one at a time; the model is never in memory twice.
+    So do several files; docs/checkpoints.md says what an interrupted save can leave. Tensors are
+    written one at a time; the model is never in memory twice.
 
     Args:
       path: of the file, by convention ``*.safetensors``.
       tree: dicts, lists and tuples of arrays and `QuantizedTensor`s; or an `nnx.Module` or
-        `nnx.State`, or variables of a Linen module.
+        `nnx.State`, or variables of a Linen module. Named tuples, as in states of Optax, are stored
+        as dicts of their fields: `load` gives those, `load_into` fills named tuples.
       keep_prepared: store prepared tensors as they are, for loading them in place with
         ``memory_map=True``, and not as planes, of which any number can be loaded.
       max_shard_bytes: where files are to be cut, as Hugging Face does; None for one file.
 
     Raises:
       TypeError: a leaf is no array, or of a dtype that safetensors files don't hold.
-      ValueError: two leaves would have the same name, or a key is not allowed.
+      ValueError: two leaves would have the same name, or the path, a key, a name or a shape is
+        one that can't be loaded again.
     """
     if max_shard_bytes is not None and max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive or None, got {max_shard_bytes}")
@@ -73,7 +76,7 @@ def load(
     before memory is taken, then one tensor at a time is read.
 
     Args:
-      path: of the file; of several files, that without ``-00001-of-...``, or the index.
+      path: of the file; of several files, that which was given to `save`, or the index.
       bits: read only so many planes of each tensor (all, where it has fewer): its most significant
         ones, as `QuantizedTensor.truncate` gives them.
       sharding: where arrays go, by default whole to the default device. A `jax.sharding.Sharding`
@@ -122,6 +125,7 @@ def load_into(
     Raises:
       FileNotFoundError: there is no such file.
       CheckpointError: as for `load`, or leaves are missing, extra or unlike; `target` is unchanged.
+      TypeError: a leaf of the target is no array.
     """
     tree = plain(target)
     stored, wanted = by_name(_open(path, bits)), by_name(tree)
@@ -174,6 +178,11 @@ def _check_names(stored: Set[str], wanted: Set[str], path: str) -> None:
 
 def _check_alike(stored: Any, like: Any, what: str) -> None:
     """CheckpointError unless a leaf of the file can take the place of one in the target."""
+    if not is_packed(like) and not (hasattr(like, "shape") and hasattr(like, "dtype")):
+        raise TypeError(
+            f"{what} of the target must be an array, abstract or not, or a QuantizedTensor, got "
+            f"{type(like).__name__}"
+        )
     found, expected = _kind(stored), _kind(like)
     if found != expected:
         raise CheckpointError(f"{what} is {found}, the target has {expected}")

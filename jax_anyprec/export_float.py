@@ -37,8 +37,9 @@ def save_dequantized(
       dtype: of all tensors in the file: float32, float16 or bfloat16.
 
     Raises:
-      TypeError: `dtype` is another, or a tensor is not one of floats.
-      ValueError: a name comes twice, or a tensor has finite values that `dtype` can't hold.
+      TypeError: `dtype` is another, a name is no string, or a tensor is not one of floats.
+      ValueError: a name comes twice or is the format's own, or a tensor has finite values that
+        `dtype` can't hold.
     """
     replace_files({Path(path): dequantized_writer(tensors, dtype=dtype)})
 
@@ -72,11 +73,6 @@ def _source(name: str, value: Any) -> Tensor:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"tensors[{name!r}] must be of floats or packed, got {value.dtype}")
     return value
-
-
-def _dequantize(w: QuantizedTensor) -> np.ndarray:
-    """``float32[..., N, K]``, computed on the host: of NumPy arrays nothing is compiled."""
-    return np.asarray(jax.tree.map(np.asarray, w).dequantize()).swapaxes(-1, -2)
 
 
 def _read(name: str, source: Tensor, dtype: np.dtype) -> np.ndarray:

@@ -8,7 +8,7 @@ a list, null is None. What JSON lacks is an object with one name that begins wit
     {"$key": "threefry2x32"}                      a random key of JAX, stored as its integers
     {"$tuple": [...]}, {"$int": {"0": ..., ...}}  a tuple, a dict whose keys are integers
 
-A leaf's name is its path, joined with ".".
+A leaf's name is its path, joined with ".". A named tuple is stored as a dict of its fields.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ VERSION = 1
 FIELDS = ("planes", "scales", "offsets")
 MAX_DEPTH = 64
 MAX_NAME = 1000
-"""Characters of a leaf's name, with all that it is in."""
+"""Characters of the name of anything in a tree, with all that it is in."""
+MAX_DIGITS = 18
+"""Of an integer that is a key."""
 KEY_IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
@@ -59,8 +61,6 @@ def encode(tree: Any, *, keep_prepared: bool) -> tuple[dict[str, Tensor], str]:
     def add(name: str, tensor: Tensor) -> None:
         if name in tensors:
             raise ValueError(f"two leaves would be stored as {name!r}")
-        if name == "__metadata__" or len(name) > MAX_NAME:
-            raise ValueError(f"no leaf can be stored as {name!r:.100}")
         tensors[name] = tensor
 
     node = _Encoder(add, keep_prepared).encode(tree, ())
@@ -98,38 +98,39 @@ class _Encoder:
 
     def encode(self, node: Any, path: tuple[str, ...]) -> Any:
         """The JSON of `node`, whose tensors are added."""
-        if len(path) > MAX_DEPTH:
-            raise ValueError(f"a tree must not be deeper than {MAX_DEPTH}, {_join(path)} is")
+        name = _name_at(path)
         match node:
             case None:
                 return None
             case QuantizedTensor():
-                return {"$packed": self._packed(node, _join(path))}
+                return {"$packed": self._packed(node, name)}
             case Mapping():
                 return self._mapping(node, path)
             case list():
                 return self._items(enumerate(node), path)
+            case tuple() if hasattr(node, "_fields"):
+                # JAX names what is in it by its fields too, so it can be filled again.
+                return self._mapping(dict(zip(node._fields, node, strict=True)), path)
             case tuple():
                 return {"$tuple": self._items(enumerate(node), path)}
-        return self._array(node, _join(path))
+        return self._array(node, name)
 
     def _items(self, items: Iterable[tuple[Any, Any]], path: tuple[str, ...]) -> list[Any]:
         return [self.encode(value, (*path, str(key))) for key, value in items]
 
     def _mapping(self, node: Mapping[Any, Any], path: tuple[str, ...]) -> dict[str, Any]:
-        content = dict(zip(map(str, node), self._items(node.items(), path), strict=True))
-        if node and all(type(key) is int for key in node):
-            return {"$int": content}
+        integers = bool(node) and all(type(key) is int for key in node)
         for key in node:
-            if not isinstance(key, str) or key.startswith("$"):
+            if not (_is_integer(str(key)) if integers else _is_word(key)):
                 raise ValueError(
-                    f"keys must all be strings that don't begin with '$', or all integers, got "
-                    f"{key!r} in {_join(path)}"
+                    f"keys must all be strings that don't begin with '$', or all integers of at "
+                    f"most {MAX_DIGITS} digits, got {key!r:.100} in {_join(path)}"
                 )
-        return content
+        content = dict(zip(map(str, node), self._items(node.items(), path), strict=True))
+        return {"$int": content} if integers else content
 
     def _packed(self, w: QuantizedTensor, name: str) -> dict[str, Any]:
-        check_tensor(w, name)
+        _check_packed(w, name)
         stored = w if self.keep_prepared else jax.eval_shape(QuantizedTensor.restore, w)
         for field in FIELDS:
             kept, value = getattr(stored, field), getattr(w, field)
@@ -161,11 +162,10 @@ class _Decoder:
 
     def decode(self, node: Any, path: tuple[str, ...]) -> Any:
         """The tree of views that the JSON `node` describes."""
-        name = _join(path)
-        if len(path) > MAX_DEPTH or len(name) > MAX_NAME:
-            raise self._error(
-                name, f"is deeper than {MAX_DEPTH} levels or longer than {MAX_NAME} characters"
-            )
+        try:
+            name = _name_at(path)
+        except ValueError as error:
+            raise CheckpointError(f"{self.where}: {error}") from None
         match node:
             case None:
                 return None
@@ -184,7 +184,7 @@ class _Decoder:
                     self._integer(key, name): self.decode(value, (*path, key))
                     for key, value in content.items()
                 }
-            case dict() if not any(key.startswith("$") for key in node):
+            case dict() if all(map(_is_word, node)):
                 return {key: self.decode(value, (*path, key)) for key, value in node.items()}
         raise self._error(name, f"is described by {node!s:.80}, which has no meaning")
 
@@ -198,7 +198,7 @@ class _Decoder:
         return [self.decode(value, (*path, str(i))) for i, value in enumerate(items)]
 
     def _integer(self, key: str, name: str) -> int:
-        if not re.fullmatch(r"0|-?[1-9][0-9]{0,17}", key):
+        if not _is_integer(key):
             raise self._error(name, f"has the key {key!r:.100}, which must be an integer")
         return int(key)
 
@@ -227,9 +227,7 @@ class _Decoder:
         offsets = self.left.pop(f"{name}.offsets", None)
         try:
             w = QuantizedTensor(planes, scales, offsets, **from_json(static, name))
-            check_tensor(w, name)
-            if check_group_size(w.group_size, w.k) != w.group_size:
-                raise ValueError(f"{name} has k = {w.k} and group_size {w.group_size}")
+            _check_packed(w, name)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{self.where}: {str(error)[:1000]}") from None
         return w
@@ -240,6 +238,30 @@ class _Decoder:
 
 def _join(path: tuple[str, ...]) -> str:
     return ".".join(path) or ROOT
+
+
+def _name_at(path: tuple[str, ...]) -> str:
+    """The name of what is at `path`; ValueError where nothing is allowed to be."""
+    name = _join(path)
+    if len(path) > MAX_DEPTH or len(name) > MAX_NAME:
+        raise ValueError(
+            f"{name!r:.200} is deeper than {MAX_DEPTH} levels or longer than {MAX_NAME} characters"
+        )
+    return name
+
+
+def _is_word(key: Any) -> bool:
+    return isinstance(key, str) and not key.startswith("$")
+
+
+def _is_integer(key: str) -> bool:
+    return re.fullmatch(rf"0|-?[1-9][0-9]{{0,{MAX_DIGITS - 1}}}", key) is not None
+
+
+def _check_packed(w: QuantizedTensor, name: str) -> None:
+    check_tensor(w, name)
+    if check_group_size(w.group_size, w.k) != w.group_size:
+        raise ValueError(f"{name} has k = {w.k} and group_size {w.group_size}")
 
 
 def _check_array(array: Any, name: str) -> None:

@@ -1,9 +1,10 @@
 """Safetensors files: written in one step and aligned, read through a memory map.
 
 The `safetensors` library checks the structure of a file (sizes, overlaps, gaps, types, overflow)
-before anything is mapped. What it doesn't offer is here: tensors on boundaries of 64 bytes, so that
-a CPU uses them where they lie in the file; writing one tensor at a time, in place of the old file
-only when all is on disk; and refusing names that appear twice.
+before any tensor is looked at. What it doesn't offer is here: tensors on boundaries of 64 bytes, so
+that a CPU uses them where they lie in the file; writing one tensor at a time, in place of the old
+file only when all is on disk; refusing names that appear twice; and seeing one file only where a
+path is replaced meanwhile.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -15,7 +16,8 @@ import math
 import os
 import struct
 import uuid
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -55,6 +57,9 @@ DTYPES: Mapping[str, np.dtype] = {
     }.items()
 }
 """Element types by their name in a file."""
+
+_ATTEMPTS = 10
+"""To open a file that saves replace meanwhile."""
 
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
@@ -99,20 +104,32 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        size = _file_size(self.path)
-        with self.path.open("rb") as file:
-            header = _read_header(file, size, self.path)
-        self._check_structure()
+        data = self._mapped()
+        header = _header(data, self.path)
         entries = parse_json(header, f"{self.path}: the header")
         self.metadata: dict[str, str] = entries.pop(_METADATA, None) or {}
         start = _LENGTH.size + len(header)
-        data = np.memmap(self.path, np.uint8, "r").view(np.ndarray)
-        if data.size != size:
-            raise CheckpointError(f"{self.path} changed while it was opened")
         self.tensors = {
             name: self._view(data[start:], name, entry)
             for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
         }
+
+    def _mapped(self) -> np.ndarray:
+        """The file's bytes, whose structure is checked.
+
+        The library opens the path once more, and must have seen the file that is mapped: header
+        and data of two saves can fit together and mean something else.
+        """
+        for _ in range(_ATTEMPTS):
+            _file_size(self.path)
+            with self.path.open("rb") as file:
+                opened = _identity(os.fstat(file.fileno()))
+                data = np.memmap(file, np.uint8, "r").view(np.ndarray)
+            _header(data, self.path)
+            self._check_structure()
+            if _identity(self.path.stat()) == opened:
+                return data
+        raise CheckpointError(f"{self.path} was replaced or changed while it was opened")
 
     def _check_structure(self) -> None:
         try:
@@ -129,13 +146,8 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"{where} has dtype {entry['dtype']}, which must be one of {', '.join(DTYPES)}"
             )
-        if len(shape) > MAX_AXES:
-            raise CheckpointError(f"{where} has {len(shape)} axes, at most {MAX_AXES} are allowed")
-        if begin == end and math.prod(max(size, 1) for size in shape) > MAX_EMPTY_ELEMENTS:
-            raise CheckpointError(
-                f"{where} is empty with shape {shape}, whose other sizes multiply to more than "
-                f"{MAX_EMPTY_ELEMENTS}"
-            )
+        if problem := _problem_of_shape(shape):
+            raise CheckpointError(f"{where} {problem}")
         return data[begin:end].view(dtype).reshape(shape)
 
 
@@ -145,8 +157,7 @@ def parse_json(text: bytes | str, what: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
             raise CheckpointError(f"{what} has the name {twice!r:.100} twice")
         return values
 
@@ -171,9 +182,14 @@ def file_writer(
     gaps, which the format forbids; the others follow, wider elements first.
 
     Raises:
-      TypeError: the format has no such dtype.
-      ValueError: the names take more than MAX_HEADER_BYTES.
+      TypeError: a name is no string, or the format has no such dtype.
+      ValueError: the format has no such name, a shape is not one that can be read again, or the
+        names take more than MAX_HEADER_BYTES.
     """
+    for name, tensor in tensors.items():
+        _check_name(name)
+        if problem := _problem_of_shape(tensor.shape):
+            raise ValueError(f"{name!r:.100} {problem}")
     order = sorted(
         tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, -_itemsize(tensors[name]))
     )
@@ -210,8 +226,9 @@ def file_writer(
 def replace_files(writers: Mapping[Path, Callable[[BinaryIO], None]]) -> None:
     """Write files beside their places, and put them there when all of them are on disk.
 
-    What lies at a path stays as it was until then, whatever goes wrong, and who has it open or
-    mapped keeps it. Files take their places one after another in the order given.
+    What lies at a path stays as it was until then, and who has it open or mapped keeps it. Files
+    take their places one after another in the order given; who is interrupted just then leaves
+    some new and some old.
     """
     staged = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp") for path in writers}
     try:
@@ -239,6 +256,30 @@ def read_small(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"names of tensors must be strings, got {name!r:.100}")
+    if name == _METADATA:
+        raise ValueError(f"no tensor can be stored as {name!r}, the format uses that name")
+
+
+def _problem_of_shape(shape: Sequence[int]) -> str | None:
+    """What a reader has against a shape."""
+    if len(shape) > MAX_AXES:
+        return f"has {len(shape)} axes, at most {MAX_AXES} are allowed"
+    if 0 in shape and math.prod(max(size, 1) for size in shape) > MAX_EMPTY_ELEMENTS:
+        return (
+            f"is empty with shape {list(shape)}, whose other sizes multiply to more than "
+            f"{MAX_EMPTY_ELEMENTS}"
+        )
+    return None
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """Equal where a path leads to the same file, with nothing written in between."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _file_size(path: Path) -> int:
     if path.is_dir():
         raise CheckpointError(f"{path} is a directory; name the checkpoint's file in it")
@@ -250,15 +291,15 @@ def _file_size(path: Path) -> int:
     return size
 
 
-def _read_header(file: BinaryIO, size: int, path: Path) -> bytes:
-    """The JSON text between the length and the data, its length checked first."""
-    if size < _LENGTH.size:
-        raise CheckpointError(f"{path} has {size} bytes, too few for a safetensors file")
-    (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
-    allowed = min(size - _LENGTH.size, MAX_HEADER_BYTES)
+def _header(data: np.ndarray, path: Path) -> bytes:
+    """The JSON text between the length and the tensors, its length checked first."""
+    if data.size < _LENGTH.size:
+        raise CheckpointError(f"{path} has {data.size} bytes, too few for a safetensors file")
+    (length,) = _LENGTH.unpack_from(data)
+    allowed = min(data.size - _LENGTH.size, MAX_HEADER_BYTES)
     if length > allowed:
         raise CheckpointError(f"{path}: the header has {length} bytes, {allowed} are allowed")
-    return file.read(length)
+    return data[_LENGTH.size : _LENGTH.size + length].tobytes()
 
 
 def _write_array(file: BinaryIO, name: str, tensor: Tensor) -> None:

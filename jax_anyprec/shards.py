@@ -1,22 +1,25 @@
 """A checkpoint's tensors in one safetensors file, or in several with an index.
 
-The convention for several is Hugging Face's: beside ``model.safetensors.index.json`` lie
-``model-00001-of-00002.safetensors`` and so on. An index and its files carry the same random id, so
-that files of two saves are never taken for one checkpoint.
+The convention for several is Hugging Face's: ``model.safetensors.index.json`` lists
+``model-1f2e3d4c-00001-of-00002.safetensors`` and so on beside it. The random part is of one save,
+so its files replace none of an older one, and the index alone says which save is the checkpoint.
+An index and its files also carry the same id, for files that something else has moved about.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from .safetensors import (
+    MAX_HEADER_BYTES,
     CheckpointError,
     SafetensorsFile,
     Tensor,
@@ -28,6 +31,8 @@ from .safetensors import (
 
 INDEX = ".index.json"
 SAVE_ID = "save_id"
+ID_DIGITS = 8
+"""How much of the id is in the names of files."""
 MAX_NAME = 255
 """Bytes of a file's name; what file systems allow."""
 
@@ -41,16 +46,29 @@ def write_tensors(
     """Write `tensors` to `path`, or beside it in files of at most `max_shard_bytes` with an index.
 
     A tensor larger than that has a file to itself. Replaces the checkpoint of this name, whether
-    it was one file or several.
+    it was one file or several; the old one stays whole until the new one is.
+
+    Raises:
+      ValueError: a name of a file, or the index, is one that can't be read again.
     """
+    if path.name.endswith(INDEX):
+        raise ValueError(f"path must be that of the file, without {INDEX}, got {str(path)!r}")
     index = path.with_name(path.name + INDEX)
     shards = _split(tensors, max_shard_bytes)
+    old = _listed_files(path, index)
     if len(shards) == 1:
         replace_files({path: file_writer(tensors, metadata)})
         index.unlink(missing_ok=True)
+        _remove(old)
         return
     save_id = {SAVE_ID: uuid.uuid4().hex}
-    names = [f"{path.stem}-{i + 1:05}-of-{len(shards):05}{path.suffix}" for i in range(len(shards))]
+    stem = f"{path.stem}-{save_id[SAVE_ID][:ID_DIGITS]}"
+    names = [f"{stem}-{i + 1:05}-of-{len(shards):05}{path.suffix}" for i in range(len(shards))]
+    if not _is_file_name(names[0]):
+        raise ValueError(
+            f"path must end with a printable name, short enough for {names[0]!r:.300} to take at "
+            f"most {MAX_NAME} bytes"
+        )
     content = {
         "metadata": {"total_size": sum(t.nbytes for t in tensors.values()), **save_id, **metadata},
         "weight_map": {
@@ -62,10 +80,21 @@ def write_tensors(
         for name, shard in zip(names, shards, strict=True)
     }
 
-    def write_index(file: BinaryIO) -> None:
-        file.write(json.dumps(content, indent=2).encode())
+    text = json.dumps(content, indent=2).encode()
+    if len(text) > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"the index takes {len(text)} bytes, at most {MAX_HEADER_BYTES} are allowed"
+        )
 
-    replace_files(writers | {index: write_index})
+    def write_index(file: BinaryIO) -> None:
+        file.write(text)
+
+    try:
+        replace_files(writers)
+        replace_files({index: write_index})
+    finally:
+        # Of two saves at once, and of one that fails, the index decides what stays.
+        _remove((old | writers.keys()) - _listed_files(path, index))
     path.unlink(missing_ok=True)
 
 
@@ -94,6 +123,25 @@ def _split(tensors: Mapping[str, Tensor], limit: int | None) -> list[dict[str, T
         shards[-1][name] = tensor
         size += tensor.nbytes
     return shards
+
+
+def _listed_files(path: Path, index: Path) -> set[Path]:
+    """Files that an index lists and a save to `path` has written; none if it is broken.
+
+    Files that lack the id in their names come from elsewhere.
+    """
+    ours = rf"{re.escape(path.stem)}-[0-9a-f]{{{ID_DIGITS}}}-\d{{5,}}-of-\d{{5,}}"
+    try:
+        _, files = _parts(parse_json(read_small(index), str(index)), index)
+    except (FileNotFoundError, CheckpointError):
+        return set()
+    pattern = re.compile(ours + re.escape(path.suffix))
+    return {path.with_name(name) for name in files if pattern.fullmatch(name)}
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _read_shards(index: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import re
 import struct
 import subprocess
 import sys
+import tempfile
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import fuzz_checkpoint
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 import safetensors.flax
 import safetensors.numpy
@@ -219,7 +225,10 @@ def test_several_files_follow_hugging_faces_convention(path, tree) -> None:
     ap.save(path, tree, max_shard_bytes=4000)
     index = json.loads(Path(f"{path}.index.json").read_text())
     names = sorted(p.name for p in path.parent.iterdir() if p.name != f"{path.name}.index.json")
-    assert names == [f"model-{i + 1:05}-of-{len(names):05}.safetensors" for i in range(len(names))]
+    part = index["metadata"]["save_id"][:8]
+    assert names == [
+        f"model-{part}-{i + 1:05}-of-{len(names):05}.safetensors" for i in range(len(names))
+    ]
     assert len(names) > 2
     assert set(index["weight_map"].values()) == set(names)
     total, largest = 0, 0
@@ -233,11 +242,28 @@ def test_several_files_follow_hugging_faces_convention(path, tree) -> None:
     same(ap.load(f"{path}.index.json"), tree)
     # A save replaces the checkpoint of its name in either form.
     ap.save(path, {"x": np.ones(2, "f4")})
-    assert not Path(f"{path}.index.json").exists()
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
     assert ap.load(path).keys() == {"x"}
     ap.save(path, tree, max_shard_bytes=4000)
     assert not path.exists()
     same(ap.load(path), tree)
+    ap.save(path, tree, max_shard_bytes=10000)
+    assert len(list(path.parent.iterdir())) < len(names)
+    same(ap.load(path), tree)
+
+
+def test_only_files_of_a_save_are_deleted_after_it(path) -> None:
+    end = "00001-of-00002.safetensors"
+    names = ("config.json", f"model-{end}", f"other-01234567-{end}", f"model-01234567-{end}")
+    for name in names:
+        path.with_name(name).touch()
+    weight_map = dict(zip("abcd", names, strict=True))
+    Path(f"{path}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    ap.save(path, np.ones(2, "f4"))
+    assert {p.name for p in path.parent.iterdir()} == {path.name, *names[:3]}
+    Path(f"{path}.index.json").write_text("broken")
+    ap.save(path, [np.ones(2, "f4")] * 2, max_shard_bytes=8)
+    assert len(ap.load(path)) == 2
 
 
 def test_files_of_hugging_face_are_read(path) -> None:
@@ -277,6 +303,37 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(
     assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == files
 
 
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_several_files_are_replaced_in_one_step(path, monkeypatch, fails_at) -> None:
+    old, new = ({"a": np.full(9, i, "f4"), "b": np.full(9, i, "f4")} for i in range(2))
+    ap.save(path, old, max_shard_bytes=36)
+    files = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+    calls, replace = [], Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        same(ap.load(path), old)
+        calls.append(target)
+        if len(calls) > fails_at:
+            raise OSError("no more")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(OSError, match="no more"):
+        ap.save(path, new, max_shard_bytes=36)
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == files
+
+
+def test_concurrent_saves_of_several_files_leave_one(path) -> None:
+    trees = [{"a": np.full(9, i, "f4"), "b": np.full(9, i, "f4")} for i in range(2)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for save in [
+            pool.submit(ap.save, path, trees[i % 2], max_shard_bytes=36) for i in range(20)
+        ]:
+            save.result()
+    values = ap.load(path)
+    assert len({*np.asarray(values["a"]), *np.asarray(values["b"])}) == 1
+
+
 def test_concurrent_saves_do_not_mix(path) -> None:
     trees = [{"a": np.full(3000, i, np.int32), "b": np.full(50, i, np.int32)} for i in range(2)]
     ap.save(path, trees[0])
@@ -305,9 +362,11 @@ def test_a_save_holds_few_tensors_at_a_time(path, keep_prepared) -> None:
 def test_files_of_two_saves_are_not_taken_for_one(path) -> None:
     first, second = ({"a": np.full(9, i, "f4"), "b": np.full(9, i, "f4")} for i in range(2))
     ap.save(path, first, max_shard_bytes=36)
-    shard = path.with_name("model-00002-of-00002.safetensors")
+    (shard,) = path.parent.glob("*-00002-of-00002.safetensors")
     old = shard.read_bytes()
     ap.save(path, second, max_shard_bytes=36)
+    assert not shard.exists()
+    (shard,) = path.parent.glob("*-00002-of-00002.safetensors")
     shard.write_bytes(old)
     with pytest.raises(
         ap.CheckpointError, match=r"00002\.safetensors belongs to another save than"
@@ -337,14 +396,18 @@ def deep(levels: int) -> Any:
             "two leaves would be stored as 'a.b'",
         ),
         ({"w": packed(), "w.planes": np.ones(2)}, ValueError, "stored as 'w.planes'"),
-        ({"__metadata__": np.ones(2)}, ValueError, "no leaf can be stored as '__metadata__'"),
-        ({"a" * 1001: np.ones(2)}, ValueError, "no leaf can be stored as 'aaa"),
+        ({"__metadata__": np.ones(2)}, ValueError, "no tensor can be stored as '__metadata__'"),
+        ({"a" * 1001: np.ones(2)}, ValueError, "levels or longer than 1000 characters"),
+        ({"a" * 1001: {}}, ValueError, "levels or longer than 1000 characters"),
+        ({10**18: {}}, ValueError, "integers of at most 18 digits, got 1000000000000000000 in ten"),
+        ({"a": np.ones((1,) * 17)}, ValueError, "'a' has 17 axes, at most 16 are allowed"),
+        ({"a": np.ones((2**40, 0))}, ValueError, r"'a' is empty with shape \[1099511627776, 0\]"),
         ({"$x": np.ones(2)}, ValueError, r"keys must all be strings .* got '\$x' in tensor"),
         ({"a": {1.5: np.ones(2)}}, ValueError, "keys must all be strings .* got 1.5 in a"),
         ({"a": {1: np.ones(2), "b": np.ones(2)}}, ValueError, "sorting pytree dictionary keys"),
         ({"a": jnp.ones(2, jnp.int4)}, TypeError, "a has dtype int4, safetensors files hold bool"),
         ({"a": np.array([None])}, TypeError, "a has dtype object"),
-        (deep(70), ValueError, "a tree must not be deeper than 64"),
+        (deep(70), ValueError, "is deeper than 64 levels or longer"),
         ({"\ud800": np.ones(2)}, UnicodeEncodeError, "surrogates not allowed"),
         (
             {
@@ -373,6 +436,53 @@ def test_arguments_of_save(path, monkeypatch) -> None:
     monkeypatch.setattr(layer, "MAX_HEADER_BYTES", 1000)
     with pytest.raises(ValueError, match=r"list of tensors takes .* bytes, at most 1000 are"):
         ap.save(path, {"a" * 1000: np.ones(2, "f4")})
+    monkeypatch.setattr(shards, "MAX_HEADER_BYTES", 200)
+    with pytest.raises(ValueError, match=r"the index takes .* bytes, at most 200 are allowed"):
+        ap.save(path, [np.ones(2, "f4")] * 2, max_shard_bytes=8)
+    assert not any(path.parent.iterdir())
+
+
+def test_paths_that_could_not_be_loaded_again(path) -> None:
+    with pytest.raises(ValueError, match=r"path must be that of the file, without \.index\.json"):
+        ap.save(f"{path}.index.json", {})
+    tree = [np.ones(2, "f4")] * 2
+    for name in ("a\nb.safetensors", "a\\b.safetensors", "ö" * 110 + ".safetensors"):
+        with pytest.raises(ValueError, match="path must end with a printable name, short enough"):
+            ap.save(path.with_name(name), tree, max_shard_bytes=8)
+    assert not any(path.parent.iterdir())
+    ap.save(path.with_name("a\nb.safetensors"), tree)
+    same(ap.load(path.with_name("a\nb.safetensors")), tree)
+
+
+KEYS = st.one_of(
+    st.text(max_size=3),
+    st.sampled_from(["$int", "a.b", "__metadata__", "a" * 600, "a" * 999]),
+    st.integers(-(10**19), 10**19),
+)
+SHAPES = st.sampled_from([(), (2,), (0, 3), (0, 2**20), (0, 2**32), (1,) * 16, (1,) * 17])
+TREES = st.recursive(
+    st.one_of(st.none(), SHAPES.map(lambda shape: np.zeros(shape, "f4"))),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        st.dictionaries(KEYS, inner, max_size=2),
+    ),
+    max_leaves=8,
+)
+
+
+@hypothesis.settings(deadline=None, max_examples=100, derandomize=True, database=None)
+@hypothesis.given(tree=TREES, max_shard_bytes=st.sampled_from([None, 8]))
+def test_what_can_be_saved_can_be_loaded(tree, max_shard_bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.safetensors"
+        try:
+            ap.save(path, tree, max_shard_bytes=max_shard_bytes)
+        except ValueError:
+            assert not any(path.parent.iterdir())
+            return
+        same(ap.load(path), tree)
 
 
 def test_a_tensor_that_changes_while_it_is_saved(path) -> None:
@@ -461,6 +571,23 @@ def test_bits_and_layout_of_a_target(path) -> None:
     ap.save(path, target, keep_prepared=True)
     ap.load_into(model, path)
     same(model.linears[0].kernel.get_value(), kernel.truncate(2))
+
+
+def test_named_tuples_are_stored_by_their_fields(path) -> None:
+    params = {"w": jnp.arange(3.0)}
+    optimizer = optax.chain(optax.clip_by_global_norm(1), optax.adam(1e-3))
+    state = optimizer.init(params)
+    _, trained = optimizer.update(params, state, params)
+    ap.save(path, trained)
+    same(ap.load_into(state, path), trained)
+    same(ap.load_into(jax.eval_shape(optimizer.init, params), path), trained)
+    same(ap.load(path)[1][0], trained[1][0]._asdict())
+
+
+def test_leaves_of_a_target_must_be_arrays(path) -> None:
+    ap.save(path, {"a": np.ones((), "f4")})
+    with pytest.raises(TypeError, match=r"'a' of the target must be an array, .* got float"):
+        ap.load_into({"a": 1.0}, path)
 
 
 @pytest.mark.parametrize(
@@ -582,6 +709,41 @@ def test_a_file_that_grows_while_it_is_opened(path, monkeypatch) -> None:
     monkeypatch.setattr(layer.SafetensorsFile, "_check_structure", grow)
     with pytest.raises(ap.CheckpointError, match="changed while it was opened"):
         ap.load(path)
+
+
+def test_a_file_that_is_replaced_while_it_is_opened(path, monkeypatch) -> None:
+    w = packed(k=128)
+    trees = [dataclasses.replace(w, rotation=ap.Rotation(64, seed)) for seed in (1, 2)]
+    ap.save(path, trees[0])
+    size = path.stat().st_size
+    saves = iter([trees[1]])
+    check = layer.safe_open
+
+    def check_after_save(*args: Any, **options: Any) -> Any:
+        for tree in saves:
+            ap.save(path, tree)
+        return check(*args, **options)
+
+    monkeypatch.setattr(layer, "safe_open", check_after_save)
+    same(ap.load(path), trees[1])
+    assert path.stat().st_size == size  # only what the header says differs
+
+    def check_and_save(*args: Any, **options: Any) -> Any:
+        ap.save(path, trees[0])
+        return check(*args, **options)
+
+    monkeypatch.setattr(layer, "safe_open", check_and_save)
+    with pytest.raises(ap.CheckpointError, match="was replaced or changed while it was opened"):
+        ap.load(path)
+
+
+def test_a_long_list_of_names_with_one_twice_takes_no_time() -> None:
+    names = [*map(str, range(50_000)), "49999"]
+    text = "{" + ",".join(f'"{name}":0' for name in names) + "}"
+    begin = time.process_time()
+    with pytest.raises(ap.CheckpointError, match="x has the name '49999' twice"):
+        layer.parse_json(text, "x")
+    assert time.process_time() - begin < 5
 
 
 def static(**change: Any) -> dict[str, Any]:

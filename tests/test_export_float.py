@@ -104,6 +104,10 @@ def test_what_is_refused(tmp_path):
         save_dequantized(path, {"w": np.arange(3)})
     with pytest.raises(ValueError, match="tensors must have each name once, got 'w' twice"):
         save_dequantized(path, [("w", ones), ("w", ones)])
+    with pytest.raises(TypeError, match="names of tensors must be strings, got 1"):
+        save_dequantized(path, {1: ones})
+    with pytest.raises(ValueError, match="no tensor can be stored as '__metadata__'"):
+        save_dequantized(path, {"__metadata__": ones})
     assert not path.exists()
 
 
