@@ -37,7 +37,8 @@ def plan(model: Any, rules: Rules, *example: Any, errors: bool = True, **options
 def quantize_model(model: Any, rules: Rules | Plan, *example: Any, **options: Any) -> Any:
     """Quantize the layers of a model as rules or a `Plan` say; the others are left as they are.
 
-    At no time is more held than the model and one layer.
+    At no time is more held than the model and one layer; for Linen this takes ``donate=True``, or
+    else the float kernels stay the caller's.
 
     Args:
       model: as for `plan`. An NNX model is changed in place, layer by layer; one of shapes becomes

@@ -110,7 +110,7 @@ def test_eight_bits_are_close_to_float(name: str, dtypes: str) -> None:
 def test_activations_are_quantized_as_the_setting_says() -> None:
     layer, x = nn.Dense(9), normal(3, D)
     variables = layer.init(KEY, x)
-    options = ap.Quantization(weights=3, activations=4, group_size=32, act_scales="token")
+    options = ap.Quantization(3, 4, group_size=32, scales="absmax", act_scales="token")
     quantized, packed = quantize_linen(layer, options, variables, x)
     w = ap.quantize(variables["params"]["kernel"], 3, group_size=32, scales="absmax")
     equal(packed["packed"]["kernel"], w)
@@ -127,6 +127,16 @@ def test_einsum_may_have_its_equation_and_output_dtype_from_the_call() -> None:
     found, expected = (
         m.apply(v, x, "bd,df->bf") for m, v in ((quantized, packed), (layer, variables))
     )
+    assert found.dtype == expected.dtype == jnp.float32
+    assert error(found, expected) < 0.02
+
+
+def test_a_bias_widens_what_einsum_is_asked_for() -> None:
+    layer = nn.Einsum((D, 5), "bd,df->bf", preferred_element_type=jnp.bfloat16, bias_init=NORMAL)
+    x = normal(2, D)
+    variables = layer.init(KEY, x)
+    quantized, packed = quantize_linen(layer, W8, variables, x)
+    found, expected = quantized.apply(packed, x), layer.apply(variables, x)
     assert found.dtype == expected.dtype == jnp.float32
     assert error(found, expected) < 0.02
 
@@ -444,7 +454,7 @@ def test_reasons_for_float() -> None:
     variables["params"]["unused"] = {"kernel": normal(D, D)}
     assert reasons(model, variables, x) == {
         "scaled": 'rule "**"',
-        "own": "what Own multiplies is unknown; `calls` can describe it",
+        "own": "what Own(Dense) multiplies is unknown; `calls` can describe it",
         "own_embed": "a subclass that looks up in its own way",
         "replaced": "has a dot_general of its own",
         "norm": "has no matrix",
@@ -456,6 +466,41 @@ def test_reasons_for_float() -> None:
     }
     quantized, packed = quantize_linen(model, W8, variables, x)
     assert set(flat(packed["packed"])) == {"scaled/kernel"}
+    assert error(quantized.apply(packed, x), model.apply(variables, x)) < 0.02
+
+
+class Vocab(nn.Embed):
+    """A subclass whose name does not tell what it is."""
+
+
+def test_subclasses_are_listed_with_their_base_and_treated_alike() -> None:
+    model, ids = Vocab(40, D), np.array([1, 2])
+    variables = model.init(KEY, ids)
+    (layer,) = plan_linen(model, {"**": W8}, variables, ids).layers
+    assert layer.kind == "Vocab(Embed)"
+    assert layer.reason == "embedding: float unless a rule names it"
+
+
+class Owning(nn.Dense):
+    """A known layer with another matrix and a vector of its own."""
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        y = super().__call__(inputs) * self.param("gain", NORMAL, (D,), jnp.float32)
+        return y @ self.param("table", NORMAL, (D, D), jnp.float32)
+
+
+def test_matrices_beside_a_known_one_have_their_own_lines() -> None:
+    model, x = Owning(D), normal(3, D)
+    variables = model.init(KEY, x)
+    plan = plan_linen(model, W8, variables, x, errors=False)
+    assert {layer.path: layer.reason for layer in plan.layers} == {
+        "": 'rule "**"',
+        "table": "what Owning(Dense) multiplies is unknown; `calls` can describe it",
+    }
+    assert plan.bytes_before == sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    quantized, packed = quantize_linen(model, W8, variables, x)
+    assert set(flat(packed["packed"])) == {"kernel"}
     assert error(quantized.apply(packed, x), model.apply(variables, x)) < 0.02
 
 
@@ -478,9 +523,12 @@ class Box(struct.PyTreeNode, meta.AxisMetadata[Any]):
 def test_weights_that_cannot_be_packed() -> None:
     layer, x = nn.Dense(D, use_bias=False), normal(2, D)
     kernel = layer.init(KEY, x)["params"]["kernel"]
+    packable = "float32, float16, bfloat16 can be packed"
     for value, reason in (
         (Box(kernel), "its box, a Box, has no names of axes to keep"),
-        (kernel.astype(jnp.int32), "its weight is int32"),
+        (kernel.astype(jnp.int32), f"its weight is int32; {packable}"),
+        (np.asarray(kernel, np.float64), f"its weight is float64; {packable}"),
+        (kernel.astype(jnp.float8_e4m3fn), f"its weight is float8_e4m3fn; {packable}"),
     ):
         assert reasons(layer, {"params": {"kernel": value}}, x) == {"": reason}
     x = normal(3, 2, D)
@@ -673,6 +721,26 @@ def test_donated_kernels_are_deleted_one_by_one(monkeypatch: pytest.MonkeyPatch)
     equal(packed, kept)
 
 
+def test_an_array_at_two_paths_is_kept() -> None:
+    model, x = nn.Sequential([nn.Dense(D), nn.Dense(D)]), normal(2, D)
+    params = dict(model.init(KEY, x)["params"])
+    params["layers_1"] = params["layers_0"]
+    _, packed = quantize_linen(model, W8, {"params": params}, x, donate=True)
+    assert not params["layers_0"]["kernel"].is_deleted()
+    equal(packed["packed"]["layers_0"], packed["packed"]["layers_1"])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nothing_is_deleted_if_a_later_kernel_is_not_finite(bad: float) -> None:
+    model, x = nn.Sequential([nn.Dense(D), nn.Dense(D)]), normal(2, D)
+    variables = model.init(KEY, x)
+    kernel = variables["params"]["layers_1"]["kernel"]
+    variables["params"]["layers_1"]["kernel"] = kernel.at[3, 4].set(bad)
+    with pytest.raises(ValueError, match="params/layers_1/kernel must be finite, but has NaN or"):
+        quantize_linen(model, W8, variables, x, donate=True)
+    assert not variables["params"]["layers_0"]["kernel"].is_deleted()
+
+
 # --- errors ---
 
 
@@ -710,6 +778,28 @@ def test_kernels_that_are_used_in_another_way_are_refused_before_packing() -> No
     ):
         quantize_linen(model, W8, variables, x, donate=True)
     assert not variables["params"]["layer"]["kernel"].is_deleted()
+
+
+def test_faults_of_the_model_itself_stay_as_they_are() -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            if not self.is_initializing():
+                raise TypeError("only for a start")
+            return nn.Dense(D)(x)
+
+    model, x = Net(), normal(2, D)
+    with pytest.raises(TypeError, match="only for a start"):
+        quantize_linen(model, W8, model.init(KEY, x), x)
+
+
+def test_submodules_from_outside_are_refused(converted: Any) -> None:
+    _, variables, quantized, packed = converted
+    with pytest.raises(ValueError, match=r"Model.head is a submodule.* in a method of Model"):
+        quantized.bind(packed).head(normal(2, D))
+    with pytest.raises(ValueError, match=r"Model.head is a submodule"):
+        quantized.apply(packed, normal(2, D), method=lambda m, x: m.head(x))
+    assert quantized.bind(variables).head(normal(2, D)).shape == (2, 6)
 
 
 def test_promotion_is_that_of_einsum_by_default() -> None:

@@ -24,7 +24,7 @@ class EinsumCall:
       weight, bias: names of parameters of the module; None for a layer without bias.
       promote: takes inputs, a scalar of the weight's dtype and the bias (or None), and gives them
         in the dtype of the computation.
-      out_dtype: of the output; that of the promoted inputs by default.
+      out_dtype: of the product, to which the bias is added; that of the promoted inputs by default.
       obstacle: why the weight must stay in float, or None.
     """
 

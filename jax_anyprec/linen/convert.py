@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import DenyList, FrozenDict, freeze
+from flax.errors import ScopeParamShapeError
 
 from ..plan import Plan, make_plan
 from ..quantization import Quantization
 from ..rules import Rules
 from ..tensor import QuantizedTensor
+from .boxes import box_like, unboxed
 from .calls import Calls
 from .dense import COLLECTION
 from .find import LinenLayer, eval_shape, find_layers, flatten, stack_positions
 from .quantized import Quantized
-from .weights import PARAMS, Setting, box_like, unboxed
+from .weights import PARAMS, PackedWeight, Setting
 
 
 def plan_linen(
@@ -60,7 +64,8 @@ def quantize_linen(
       inputs, method, kwargs: an example call, as ``module.init`` takes it without the rng: it shows
         which layer multiplies by which weight. Arrays may be `jax.ShapeDtypeStruct`.
       donate: delete each float kernel as soon as it is packed, so that no more is held than the
-        model and one layer. `variables` is of no use afterwards.
+        model and one layer. `variables` is of no use afterwards. An array that stands at several
+        paths of it is kept.
       calls: what layers multiply that Flax does not have, ``{Einsum.__call__: describe}`` with
         ``describe(module, *args) -> EinsumCall``.
 
@@ -69,8 +74,9 @@ def quantize_linen(
       has left "params" for "packed", at the same path; all else is as it was.
 
     Raises:
-      ValueError: rules do not fit, nothing would be quantized, variables are not the model's, or
-        the model uses a kernel in another way than by its layer's call.
+      ValueError: rules do not fit, nothing would be quantized, variables are not the model's, a
+        kernel is not finite, or the model uses one in another way than by its layer's call.
+        Nothing has been deleted then.
     """
     call = {**kwargs, "method": method}
     layers = _find(module, variables, inputs, call, calls)
@@ -88,6 +94,7 @@ def quantize_linen(
         tuple((calls or {}).items()),
     )
     _check_runs(quantized, _converted(_shapes(variables), chosen), inputs, call)
+    _check_finite([layer for layer, _ in chosen], variables)
     return quantized, _converted(variables, chosen, donate=donate)
 
 
@@ -122,12 +129,14 @@ def _converted(
     donate: bool = False,
 ) -> Any:
     """Variables with the chosen kernels packed, one after another."""
+    places = Counter(map(id, jax.tree.leaves(variables)))
     params, packed = (dict(flatten(variables.get(name, {}))) for name in (PARAMS, COLLECTION))
     for layer, quantization in chosen:
         path = (*layer.scope, layer.name)
         box = params.pop(path)
         packed[path] = _pack(layer, quantization, box)
-        if donate and isinstance(kernel := unboxed(box), jax.Array):
+        kernel = unboxed(box)
+        if donate and isinstance(kernel, jax.Array) and places[id(kernel)] == 1:
             kernel.delete()
     converted = {**variables, PARAMS: _nest(params), COLLECTION: _nest(packed)}
     return freeze(converted) if isinstance(variables, FrozenDict) else converted
@@ -140,6 +149,21 @@ def _pack(layer: LinenLayer, quantization: Quantization, box: Any) -> QuantizedT
     tensor = layer.holding(weight).pack(quantization)
     # Waiting keeps the working memory of later layers from being taken before this one's is free.
     return jax.block_until_ready(box_like(box, tensor, layer.product, stack))
+
+
+def _check_finite(layers: Sequence[LinenLayer], variables: Mapping[str, Any]) -> None:
+    """ValueError if a kernel has NaN or infinity: before any is deleted, and one at a time."""
+    params = dict(flatten(variables[PARAMS]))
+    for layer in layers:
+        path = (*layer.scope, layer.name)
+        kernel = unboxed(params[path])
+        if not isinstance(kernel, jax.ShapeDtypeStruct) and not _is_finite(kernel):
+            raise ValueError(f"{PARAMS}/{'/'.join(path)} must be finite, but has NaN or infinity")
+
+
+@jax.jit  # one pass, without an array of booleans
+def _is_finite(x: Any) -> jax.Array:
+    return jnp.isfinite(x).all()
 
 
 def _check_runs(
@@ -157,7 +181,11 @@ def _check_runs(
     weights = {name: variables[name] for name in (PARAMS, COLLECTION)}
     try:
         eval_shape(quantized.apply, weights, *inputs, **options)
-    except Exception as fault:
+    except (AttributeError, TypeError, ScopeParamShapeError) as fault:
+        # Other uses of a kernel stumble over what stands in its place, or over the shapes in it.
+        about_kernel = PackedWeight.__name__ in str(fault)
+        if not about_kernel and not isinstance(fault, ScopeParamShapeError):
+            raise
         raise ValueError(
             "the model fails with packed kernels; a rule can leave the layer in float whose "
             f"kernel it uses in another way than by calling the layer: {fault}"

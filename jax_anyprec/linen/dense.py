@@ -12,12 +12,17 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from .. import ops
+from ..einsum import parse
 from ..quantize import quantize
 from ..rotation import Rotation
 from ..tensor import QuantizedTensor
+from .boxes import box_like, unboxed
 
 COLLECTION = "packed"
 """The variable collection of packed kernels; "params" keeps only what is trained."""
+
+
+PRODUCT = parse("...a,ab->...b")
 
 
 class QuantDense(nn.Module):
@@ -52,14 +57,18 @@ class QuantDense(nn.Module):
     promote_dtype: Callable[..., Any] = promote_dtype
 
     def quantize_kernel(self, kernel: jax.Array) -> QuantizedTensor:
-        """A float kernel ``[in, features]``, packed as this layer packs it."""
-        return quantize(
-            kernel,
+        """A float kernel ``[in, features]``, packed as this layer packs it.
+
+        Of one in a box with names of axes (`nn.Partitioned`) the packed arrays are in such boxes.
+        """
+        packed = quantize(
+            unboxed(kernel),
             self.weights,
             group_size=self.group_size,
             scales=self.scales,
             rotation=self.rotation,
         )
+        return box_like(kernel, packed, PRODUCT, ())
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:

@@ -17,12 +17,15 @@ from flax.core import DenyList, meta
 
 from ..einsum import Product, parse
 from ..plan import Layer
+from ..tensor import SCALE_DTYPES
+from .boxes import unboxed
 from .calls import Calls, attend, by_function, called, describe_call, plain
-from .weights import PARAMS, unboxed
+from .weights import PARAMS
 
 Scope = tuple[str, ...]
 WATCHED = " watched"
 EMBED_METHODS = ("__call__", "attend")
+BASES = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,7 @@ class _Watcher:
         context: nn.module.InterceptorContext,
     ) -> Any:
         module, function = context.module, called(context)
-        self.kinds.setdefault(module.path, type(module).__name__)
+        self.kinds.setdefault(module.path, _kind(type(module)))
         out = next_function(*args, **kwargs)
         if function is plain(nn.Embed.setup):
             self._note(module, attend, (None,), {})
@@ -129,8 +132,14 @@ class _Watcher:
     def _use(self, module: nn.Module, name: str) -> _Use:
         weight: Any = unboxed(module.get_variable(PARAMS, name))
         module.put_variable(PARAMS, name + WATCHED, _Watched(jnp.zeros_like(weight)))
-        kind = type(module).__name__
-        return self.uses.setdefault((module.path, name), _Use(kind, weight.shape))
+        use = _Use(_kind(type(module)), weight.shape)
+        return self.uses.setdefault((module.path, name), use)
+
+
+def _kind(found: type) -> str:
+    """The name of a class, and of the layer of Flax that it is derived from."""
+    base = next((base for base in BASES if issubclass(found, base)), found)
+    return found.__name__ if base is found else f"{found.__name__}({base.__name__})"
 
 
 def find_layers(
@@ -174,11 +183,20 @@ def _layers_of(
     drawn: Mapping[Scope, Any],
     given: Mapping[Scope, Any],
 ) -> Iterator[LinenLayer]:
-    """The layers of one scope: one for each weight, and one for what no weight's call takes."""
+    """The layers of one scope: one for each weight, and one for what no weight's call takes.
+
+    A weight that is alone in being called has the scope's path; other matrices have their own.
+    """
     uses = {name: use for name in names if (use := watcher.uses.get((scope, name)))}
     if len(uses) == 1:
         ((name, use),) = uses.items()
-        yield _used(scope, scope, name, names, use, drawn, given)
+        stacked = len(drawn[*scope, name + WATCHED].axes)
+        ndims = {n: unboxed(given[*scope, n]).ndim - stacked for n in names if n not in use.names}
+        others = [n for n, ndim in ndims.items() if ndim >= 2]
+        own = [n for n in names if n not in others]
+        yield _used(scope, scope, name, own, use, drawn, given)
+        for other in others:
+            yield _unused(watcher, (*scope, other), scope, [other], given)
         return
     left = set(names)
     for name, use in uses.items():
@@ -186,7 +204,7 @@ def _layers_of(
         left -= set(own)
         yield _used((*scope, name), scope, name, own, use, drawn, given)
     if left:
-        yield _unused(watcher, scope, [n for n in names if n in left], given)
+        yield _unused(watcher, scope, scope, [n for n in names if n in left], given)
 
 
 def _used(
@@ -228,7 +246,7 @@ def _used(
 
 
 def _unused(
-    watcher: _Watcher, scope: Scope, names: Sequence[str], given: Mapping[Scope, Any]
+    watcher: _Watcher, path: Scope, scope: Scope, names: Sequence[str], given: Mapping[Scope, Any]
 ) -> LinenLayer:
     """A layer that stays in float: what it is and why."""
     largest = max((unboxed(given[*scope, name]) for name in names), key=lambda x: x.size)
@@ -242,7 +260,7 @@ def _unused(
     else:
         obstacle = f"what {kind} multiplies is unknown; `calls` can describe it"
     return LinenLayer(
-        path="/".join(scope),
+        path="/".join(path),
         kind=kind,
         shape=tuple(largest.shape),
         dtype=np.dtype(largest.dtype).name,
@@ -256,8 +274,8 @@ def _obstacle(box: Any, weight: Any, insertions: Sequence[int]) -> str | None:
     """Why a weight with a known product can't be packed, or None."""
     if isinstance(box, meta.AxisMetadata) and not isinstance(box, nn.Partitioned):
         return f"its box, a {type(box).__name__}, has no names of axes to keep"
-    if not jnp.issubdtype(weight.dtype, jnp.floating):
-        return f"its weight is {np.dtype(weight.dtype).name}"
+    if (dtype := np.dtype(weight.dtype).name) not in SCALE_DTYPES:
+        return f"its weight is {dtype}; {', '.join(SCALE_DTYPES)} can be packed"
     # Scales have two axes of their own; each stack in turn adds one.
     if any(not -3 <= axis <= 2 for axis in insertions):
         return f"is stacked along axis {max(insertions, key=abs)}; packed weights go up to 2"

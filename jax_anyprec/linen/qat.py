@@ -12,7 +12,8 @@ from flax import linen as nn
 
 from ..fake_quant import fake_quant_matmul, magnitude
 from ..quantize import quantize
-from .dense import COLLECTION, QuantDense
+from .boxes import box_like, unboxed
+from .dense import COLLECTION, PRODUCT, QuantDense
 
 
 class FakeQuantDense(QuantDense):
@@ -32,11 +33,12 @@ class FakeQuantDense(QuantDense):
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         # Jitted, because Linen traces it for the shape while the kernel is no traced value.
         first_scales = jax.jit(lambda _, kernel: self.quantize_kernel(kernel).scales)
-        scales = self.param("kernel_scales", first_scales, kernel)
+        boxed: Any = self.get_variable("params", "kernel")  # its names of axes are the scales' too
+        scales = self.param("kernel_scales", first_scales, boxed)
         bias: Any = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        like_kernel = jnp.zeros((), self.param_dtype)  # takes the kernel's part in promotion
+        like_kernel = jnp.zeros((), kernel.dtype)  # takes the kernel's part in promotion
         inputs, _, bias = self.promote_dtype(inputs, like_kernel, bias, dtype=self.dtype)
         return fake_quant_matmul(
             inputs,
@@ -56,19 +58,23 @@ class FakeQuantDense(QuantDense):
 
     def pack(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """This layer's "params" to the variables of `packed_layer`."""
-        scales = magnitude(params["kernel_scales"])
-        kernel = quantize(
-            params["kernel"],
+        scales, kernel = magnitude(unboxed(params["kernel_scales"])), unboxed(params["kernel"])
+        packed = quantize(
+            kernel,
             self.weights,
-            group_size=params["kernel"].shape[0] // scales.shape[-1],
+            group_size=kernel.shape[0] // scales.shape[-1],
             scales=scales,
             rotation=self.rotation,
         )
+        packed = box_like(params["kernel"], packed, PRODUCT, ())
         rest = {name: params[name] for name in params if name not in ("kernel", "kernel_scales")}
-        return {"params": rest, COLLECTION: {"kernel": kernel}}
+        return {"params": rest, COLLECTION: {"kernel": packed}}
 
     @property
     def packed_layer(self) -> QuantDense:
-        """The `QuantDense` with this layer's attributes."""
+        """The `QuantDense` with this layer's attributes.
+
+        It promotes with `param_dtype`, which must be the kernel's dtype if that was cast.
+        """
         names = [field.name for field in dataclasses.fields(QuantDense)]
         return QuantDense(**{name: getattr(self, name) for name in names if name != "parent"})

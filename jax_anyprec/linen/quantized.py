@@ -25,15 +25,17 @@ from .weights import PARAMS, PackedWeight, Setting, merge
 class Quantized(nn.Module):
     """`module` with packed kernels: the same calls, the same paths of variables.
 
-    Kernels that `quantize` packed are in the collection "packed", at the paths at which "params"
-    had them. The calls of their layers are intercepted and multiply by them; all else runs as it
-    is. Methods and attributes of the module are here too, so ``apply(..., method="encode")`` works.
-    Variables without packed kernels run as in `module`, and `init` gives such.
+    Kernels that `quantize_model` packed are in the collection "packed", at the paths at which
+    "params" had them. The calls of their layers are intercepted and multiply by them; all else runs
+    as it is. Methods and attributes of the module are here too, so ``apply(..., method="encode")``
+    works; but its submodules, bound to packed kernels, only run within its methods, and one named
+    `module`, `settings` or `calls` is found as ``quantized.module.settings``. Variables without
+    packed kernels run as in `module`, and `init` gives such.
 
     Attributes:
       module: the float model.
-      settings: what each packed kernel stands for; `quantize` makes them.
-      calls: descriptions of layers that Flax does not have, as pairs; see `quantize`.
+      settings: what each packed kernel stands for; `quantize_model` makes them.
+      calls: descriptions of layers that Flax does not have, as pairs; see `quantize_linen`.
     """
 
     module: nn.Module
@@ -53,11 +55,14 @@ class Quantized(nn.Module):
             with nn.intercept_methods(interceptor(dict(self.calls))):
                 return getattr(module, method)(*args, **kwargs)
 
-        if self.scope is None or not self.variables.get(COLLECTION):
+        if not self._has_packed():
             return getattr(self.module, method)(*args, **kwargs)
         collections = (PARAMS, COLLECTION)
         add = functools.partial(merge, settings=self.settings)
         return nn.map_variables(call, collections, add)(self.module)
+
+    def _has_packed(self) -> bool:
+        return self.scope is not None and bool(self.variables.get(COLLECTION))
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
@@ -74,7 +79,14 @@ class Quantized(nn.Module):
         if module is None or name.startswith("_"):
             return super().__getattr__(name)
         if not inspect.isfunction(inspect.getattr_static(type(module), name, None)):
-            return getattr(module, name)
+            packed = self._has_packed()  # first, since it sets this module up and so the other's
+            value = getattr(module, name)
+            if packed and isinstance(value, nn.Module):
+                raise ValueError(
+                    f"{type(module).__name__}.{name} is a submodule, which finds no packed kernels "
+                    f"from outside; call it in a method of {type(module).__name__}"
+                )
+            return value
 
         def forward(self: Quantized, *args: Any, **kwargs: Any) -> Any:
             return self._run(name, args, kwargs)
@@ -114,6 +126,9 @@ def multiply(module: nn.Module, call: EinsumCall, weight: PackedWeight) -> jax.A
     bias = None if call.bias is None else meta.unbox(module.get_variable(PARAMS, call.bias))
     like_weight = jnp.zeros((), setting.dtype)
     inputs, _, bias = call.promote(call.inputs, like_weight, bias)
+    out_dtype = call.out_dtype
+    if out_dtype is not None and bias is not None:
+        out_dtype = jnp.result_type(out_dtype, bias.dtype)  # it is added to the product
     return einsums.einsum(
         call.spec,
         inputs,
@@ -122,7 +137,7 @@ def multiply(module: nn.Module, call: EinsumCall, weight: PackedWeight) -> jax.A
         bias=bias,
         act_bits=setting.quantization.activations,
         act_scales=setting.quantization.act_scales,
-        out_dtype=call.out_dtype,
+        out_dtype=out_dtype,
     )
 
 

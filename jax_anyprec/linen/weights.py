@@ -8,10 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax.core import meta
 
-from ..einsum import Product
 from ..quantization import Quantization
 from ..tensor import QuantizedTensor
 from .dense import COLLECTION
@@ -83,49 +81,6 @@ def place_stack(tensor: QuantizedTensor, stack_axes: Sequence[int]) -> Quantized
         return leaf
 
     return jax.tree.map(place, tensor)
-
-
-def box_like(
-    box: Any, tensor: QuantizedTensor, product: Product, stack: Sequence[int]
-) -> QuantizedTensor:
-    """`tensor` with each array in a box like the float weight's, with the names of its axes.
-
-    Args:
-      box: an `nn.Partitioned` (or logically partitioned) weight, or anything else for no box.
-      tensor: the packed weight, in planes.
-      product: which of its axes is which, those of stacked layers apart.
-      stack: the weight's axes of stacked layers, outermost first.
-    """
-    if not isinstance(box, nn.Partitioned):
-        return tensor
-    ndim = len(stack) + len(product.weight)
-    # As in a PartitionSpec, names of the last axes may be missing.
-    names = (*box.names, *[None] * (ndim - len(box.names)))
-    own = [name for axis, name in enumerate(names) if axis not in stack]
-    of = dict(zip(product.weight, own, strict=True))
-
-    def first(indices: str) -> Any:
-        """Flattened axes are split as the first of them that has a name."""
-        return next((of[i] for i in indices if of[i] is not None), None)
-
-    leading = [*(names[axis] for axis in stack), *(of[i] for i in product.batch)]
-    k, n = first(product.contracted), first(product.features)
-    groups = (*leading, n, k if tensor.groups > 1 else None)
-
-    def boxed(value: Any, names: tuple[Any, ...]) -> Any:
-        return None if value is None else box.replace(value=value, names=names)
-
-    return dataclasses.replace(
-        tensor,
-        planes=boxed(tensor.planes, (*leading, None, n, k)),
-        scales=boxed(tensor.scales, groups),
-        offsets=boxed(tensor.offsets, groups),
-    )
-
-
-def unboxed(x: Any) -> Any:
-    """The array in a box. Unlike `meta.unbox` it puts no sharding constraint on it."""
-    return x.value if isinstance(x, nn.Partitioned) else meta.unbox(x)
 
 
 def _copy(tree: Any) -> Any:
