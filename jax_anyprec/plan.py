@@ -272,6 +272,12 @@ def _check_same(plan: Plan, layers: Sequence[Layer]) -> None:
             f"the plan is for another model: {missing[:1] or 'nothing'} of the plan is not in the "
             f"model, {extra[:1] or 'nothing'} of the model is not in the plan"
         )
+    for planned_layer, layer in zip(plan.layers, layers, strict=True):
+        if planned_layer.quantization is not None and layer.obstacle is not None:
+            raise ValueError(
+                f"the plan is for another model: it quantizes layer {layer.path!r}, but here: "
+                f"{layer.obstacle}"
+            )
 
 
 HEADINGS = ("path", "kind", "shape", "from", "to", "bytes", "after", "error", "runs in", "why")

@@ -6,7 +6,9 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
+from .format import check_bits
 from .quantize import quantize
 from .rotation import Rotation
 from .tensor import QuantizedTensor
@@ -23,8 +25,8 @@ class Quantization:
       group_size: values along K that share a weight scale, a multiple of 32 that divides each
         layer's K; None for one scale per output channel. Must be None where `weights` is.
       rotate: rotate weights and activations by the largest Hadamard block that fits each K.
-      scales: how weight scales are chosen, "mse" or "absmax"; None picks what measures better:
-        "mse" for rotated weights, "absmax" for others (outliers must not be clipped).
+      scales: how weight scales are chosen, "mse" or "absmax"; None picks what measures better,
+        see `scale_method`.
       act_scales: one activation scale per "token", or per token and "group".
     """
 
@@ -36,11 +38,37 @@ class Quantization:
     act_scales: Literal["group", "token"] = "group"
 
     def __post_init__(self) -> None:
+        for field in ("weights", "activations"):
+            if (bits := getattr(self, field)) is not None:
+                check_bits(bits, f"Quantization.{field}")
+        group_size: Any = self.group_size
+        if group_size is not None and (not _is_int(group_size) or group_size < 1):
+            raise ValueError(
+                f"Quantization.group_size must be a positive int or None, got {group_size!r}"
+            )
+        for field, allowed in (
+            ("scales", ("mse", "absmax", None)), ("act_scales", ("group", "token")),
+        ):  # fmt: skip
+            if (value := getattr(self, field)) not in allowed:
+                raise ValueError(f"Quantization.{field} must be one of {allowed}, got {value!r}")
         if self.weights is None and (self.group_size is not None or self.rotate or self.scales):
             raise ValueError(
                 "group_size, rotate and scales need Quantization.weights (1 to 8); "
                 "weights=None takes the checkpoint's own"
             )
+
+    @property
+    def scale_method(self) -> Literal["mse", "absmax"]:
+        """`scales`, or what takes its place where it is None.
+
+        That is "mse" for weights that are rotated, in groups, or of at most 3 bits. In whole
+        columns of more bits, not rotated, outliers must not be clipped: "absmax". docs/encoders.md
+        has the measurements.
+        """
+        if self.scales is not None:
+            return self.scales
+        few = self.weights is not None and self.weights <= 3
+        return "mse" if self.rotate or self.group_size is not None or few else "absmax"
 
     def pack(self, kernel: jax.Array) -> QuantizedTensor:
         """Quantize a float matrix ``float[K, N]`` to `weights` bits."""
@@ -50,7 +78,7 @@ class Quantization:
             kernel,
             self.weights,
             group_size=self.group_size,
-            scales=self.scales or ("mse" if self.rotate else "absmax"),
+            scales=self.scale_method,
             rotation=Rotation.for_size(kernel.shape[-2]) if self.rotate else None,
         )
 
@@ -58,3 +86,7 @@ class Quantization:
     def layer_options(self) -> dict[str, Any]:
         """Arguments that every packed layer takes: how it multiplies."""
         return {"activations": self.activations, "act_scales": self.act_scales}
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)

@@ -27,7 +27,7 @@ a head; "**" and "decoder/*" do not, and are passed over for such layers.
 
 EVERYTHING = "**"
 HEAD = re.compile(r"(.*_)?(lm_?head|head|logits?|logit_?dense|unembed(ding)?|classifier)")
-TOP_LEVEL_HEAD = re.compile(r"out(put)?|readout")
+TOP_LEVEL_HEAD = re.compile(r"output|readout")
 ROUTER = re.compile(r"router|.*_router|router_.*")
 
 
@@ -58,13 +58,19 @@ class Candidate:
         """What this is, if it stays in float unless it is named."""
         if "Embed" in self.kind:
             return "embedding"
-        names = self.path.split("/")
-        last = names[-1]
-        if HEAD.fullmatch(last) or (len(names) == 1 and TOP_LEVEL_HEAD.fullmatch(last)):
+        return next(filter(None, map(self._role, self.paths)), None)
+
+    def _role(self, path: str) -> str | None:
+        """What a layer at this path is, going by its name and that of the module around it."""
+        *around, last = path.split("/")
+        names = (*around[-1:], last)
+        k, n = (0, 0) if self.matrix is None else self.matrix[-2:]
+        # Attention modules have an "out" too, and it does not widen.
+        top_level = TOP_LEVEL_HEAD.fullmatch(last) or (last == "out" and n > k)
+        if any(map(HEAD.fullmatch, names)) or (not around and top_level):
             return "output head"
         # "gate" is a router only where it narrows: a gated feed-forward layer widens.
-        narrows = self.matrix is not None and self.matrix[-1] < self.matrix[-2]
-        if ROUTER.fullmatch(last) or (last == "gate" and narrows):
+        if any(map(ROUTER.fullmatch, names)) or (last == "gate" and n < k):
             return "router of experts"
         return None
 
@@ -84,10 +90,14 @@ class _Rule(NamedTuple):
     def matches(self, candidate: Candidate) -> bool:
         return any(self.expression.fullmatch(path) for path in candidate.paths)
 
+    @property
+    def names(self) -> bool:
+        """Whether this names what it matches."""
+        return self.pattern.split("/")[-1].strip("*") != ""
+
     def decides(self, candidate: Candidate) -> bool:
         """Whether this matches, and names the candidate if it must."""
-        names = self.pattern.split("/")[-1].strip("*") != ""
-        return self.matches(candidate) and (names or candidate.reserved is None)
+        return self.matches(candidate) and (self.names or candidate.reserved is None)
 
 
 def decide(rules: Rules, candidates: Sequence[Candidate]) -> list[Decision]:
@@ -95,8 +105,9 @@ def decide(rules: Rules, candidates: Sequence[Candidate]) -> list[Decision]:
 
     Raises:
       TypeError: rules are none.
-      ValueError: a pattern is malformed or occurs twice, matches nothing, or matches only what
-        earlier rules decide.
+      ValueError: a pattern is malformed or occurs twice, matches nothing, or decides nothing
+        (earlier rules match the same, or it would have to name what it matches); or one without
+        wildcards quantizes what has an obstacle.
     """
     compiled = _compile(rules)
     deciding = [next((r for r in compiled if r.decides(c)), None) for c in candidates]
@@ -108,6 +119,10 @@ def decide(rules: Rules, candidates: Sequence[Candidate]) -> list[Decision]:
 
 def _decision(rule: _Rule | None, candidate: Candidate) -> Decision:
     if candidate.obstacle is not None:
+        if rule is not None and rule.quantization is not None and "*" not in rule.pattern:
+            raise ValueError(
+                f"rule {rule.pattern!r} can't quantize {candidate.path!r}: {candidate.obstacle}"
+            )
         return Decision(None, candidate.obstacle)
     if rule is not None:
         return Decision(rule.quantization, f'rule "{rule.pattern}"')
@@ -125,7 +140,13 @@ def _refuse_unused(rule: _Rule, candidates: Sequence[Candidate]) -> None:
             f"rule {rule.pattern!r} matches no layer; these come near: {', '.join(near)}"
         )
     if rule.pattern.strip("*/"):
-        raise ValueError(f"rule {rule.pattern!r} decides nothing: earlier rules match the same")
+        if any(rule.decides(c) for c in candidates):
+            raise ValueError(f"rule {rule.pattern!r} decides nothing: earlier rules match the same")
+        reserved = [f"{c.path} ({c.reserved})" for c in candidates if rule.matches(c)]
+        raise ValueError(
+            f"rule {rule.pattern!r} decides nothing: it matches only layers that stay in float "
+            f"unless the last name of a pattern names them: {', '.join(reserved)}"
+        )
 
 
 def _compile(rules: Any) -> list[_Rule]:

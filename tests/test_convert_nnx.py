@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, struct
 from jax import lax
 
 import jax_anyprec as ap
@@ -360,7 +360,7 @@ def test_what_stays_in_float_and_why() -> None:
         packed=ap.nnx.QuantLinear(D, D, rngs=rngs),
         renamed=Renamed(D, D, rngs=rngs),
     )
-    plan = ap.plan(model, {"**": W8, "scores": W8})
+    plan = ap.plan(model, {"**": W8, "score*": W8})
     assert {p.path: p.reason for p in plan.layers} == {
         "doubled": "Doubled overrides __call__ of Linear",
         "scores": "Scores overrides attend of Embed",
@@ -385,6 +385,90 @@ def test_what_stays_in_float_and_why() -> None:
     before = dict(model.items())
     ap.quantize_model(model, plan)
     assert {name for name, layer in model.items() if layer is not before[name]} == {"renamed"}
+
+
+class Holder(nnx.Pytree):
+    """No module, but Flax knows what it holds."""
+
+    def __init__(self) -> None:
+        self.layer = linear()
+
+
+@struct.dataclass
+class Box:
+    """A container of JAX alone."""
+
+    layer: Any
+
+
+class Unusual(nnx.Variable):
+    def get_value(self, **options: Any) -> Any:
+        return super().get_value(**options)
+
+
+def test_what_lies_in_or_around_a_layer() -> None:
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(
+        holder=Holder(),
+        box=nnx.data(Box(linear())),
+        spectral=nnx.SpectralNorm(linear(), rngs=rngs),
+        weight=nnx.WeightNorm(nnx.Sequential(linear()), rngs=rngs),
+        frozen=linear(),
+        unusual=linear(),
+    )
+    model.frozen.kernel = nnx.Variable(model.frozen.kernel[...])
+    model.unusual.kernel = Unusual(model.unusual.kernel[...])
+    plan = ap.plan(model, W8, errors=False)
+    assert {p.path: p.reason for p in plan.layers if p.kind == "Linear"} == {
+        "holder/layer": 'rule "**"',
+        "box/layer": "lies in a container that conversion can't change: neither of Flax nor of "
+        "Python",
+        "spectral/layer_instance": "its weights are rewritten by the SpectralNorm around it",
+        "weight/layer_instance/layers/0": "its weights are rewritten by the WeightNorm around it",
+        "frozen": 'rule "**"',
+        "unusual": "its kernel is a Unusual, which overrides get_value",
+    }
+    frozen = next(p for p in plan.layers if p.path == "frozen")
+    assert frozen.bytes_before == 4 * D * (D + 1)
+    x = normal(2, D)
+    expected = model.frozen(x)
+    ap.quantize_model(model, plan)
+    assert type(model.holder.layer) is type(model.frozen) is ap.nnx.QuantLinear
+    assert type(model.box.layer) is nnx.Linear
+    assert error(model.frozen(x), expected) < 0.01
+
+
+@pytest.mark.filterwarnings("ignore:Variable hooks are deprecated")
+def test_variables_with_hooks_stay_in_float() -> None:
+    layer = linear()
+    layer.bias = nnx.Param(layer.bias[...], on_get_value=lambda variable, value: 2 * value)
+    (planned,) = ap.plan(layer, W8).layers
+    assert planned.reason == "its bias has a hook on_get_value"
+
+
+def test_a_kernel_promotes_with_its_own_dtype() -> None:
+    model = nnx.Dict(
+        linear=linear(),
+        general=nnx.LinearGeneral(D, (4, 16), rngs=nnx.Rngs(0)),
+    )
+    for layer in model.values():  # as casting a model of float32 does
+        layer.kernel.set_value(layer.kernel[...].astype(jnp.bfloat16))
+        layer.bias.set_value(layer.bias[...].astype(jnp.bfloat16))
+    x = jnp.asarray(normal(2, D), jnp.bfloat16)
+    expected = {name: layer(x).dtype for name, layer in model.items()}
+    ap.quantize_model(model, W8)
+    assert {name: layer(x).dtype for name, layer in model.items()} == expected
+    assert set(expected.values()) == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("preferred", [jnp.bfloat16, jnp.float32])
+def test_a_wider_bias_widens_the_preferred_dtype(preferred: Any) -> None:
+    for layer in (
+        linear(preferred_element_type=preferred),
+        nnx.LinearGeneral(D, 8, preferred_element_type=preferred, rngs=nnx.Rngs(0)),
+    ):
+        x = normal(2, D)
+        assert ap.quantize_model(layer, W8)(x).dtype == layer(x).dtype == jnp.float32
 
 
 # --- errors ---
@@ -548,6 +632,11 @@ def test_bad_arguments_of_the_layers() -> None:
     ):
         with pytest.raises(TypeError, match=f"{name}, got Linear"):
             convert(layer, W8)
+    with pytest.raises(ValueError, match="embed has no packed form: Scores overrides attend of"):
+        layers.QuantEmbed.from_embed(Scores(3, D, rngs=rngs), W8)
+    layer = nnx.Einsum("bd,df->bf", (D, D), einsum_op=lambda *a, **k: a[1], rngs=rngs)
+    with pytest.raises(ValueError, match="layer has no packed form: has a einsum_op of its own"):
+        layers.QuantEinsum.from_einsum(layer, W8)
 
 
 def test_the_examples_of_the_documentation_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,10 @@ def test_bad_arguments_of_quant_linear() -> None:
     w = ap.quantize(normal(K, N), 4)
     with pytest.raises(TypeError, match=r"linear must be a flax.nnx.Linear, got Embed"):
         ap.nnx.QuantLinear.from_linear(nnx.Embed(3, 4, rngs=nnx.Rngs(0)), weights=4)
+    with pytest.raises(ValueError, match="linear has no packed form: LoRALinear overrides __call"):
+        ap.nnx.QuantLinear.from_linear(
+            nnx.LoRALinear(K, N, lora_rank=2, rngs=nnx.Rngs(0)), weights=4
+        )
     with pytest.raises(ValueError, match=r"kernel must have shape \(9, 64\), got \(64, 9\)"):
         ap.nnx.QuantLinear(N, K, kernel=w, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="kernel must be a QuantizedTensor"):

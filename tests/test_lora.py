@@ -225,6 +225,19 @@ def test_errors() -> None:
         lora(nnx.Embed(3, 4, rngs=rngs), 2, W2, rngs=rngs)
     with pytest.raises(TypeError, match=r"linear must be a flax.nnx.Linear, got QuantLinear"):
         pissa(packed(float_layer, W2), 2, W2)
+    special = linear(dot_general=lambda *args, **options: jax.lax.dot_general(*args, **options))
+    for make in (lambda: lora(special, 2, W2, rngs=rngs), lambda: pissa(special, 2, W2)):
+        with pytest.raises(ValueError, match="linear has no packed form: has a dot_general of"):
+            make()
+    stack = nnx.vmap(lambda rngs: nnx.Linear(K, N, rngs=rngs))(nnx.Rngs(0).fork(split=2))
+    base = ap.quantize_model(stack, W2)
+    for make in (
+        lambda: lora(stack, 2, W2, rngs=rngs),
+        lambda: lora(base, 2, rngs=rngs),
+        lambda: pissa(stack, 2, W2),
+    ):
+        with pytest.raises(ValueError, match=r"not a stack: its kernel has shape \(2, 128, 96\)"):
+            make()
     with pytest.raises(ValueError, match="quantization must be a Quantization for a float layer"):
         lora(float_layer, 2, rngs=rngs)
     with pytest.raises(ValueError, match="quantization must be None for a QuantLinear"):

@@ -130,6 +130,13 @@ def test_a_plan_is_for_its_own_model(plan: ap.Plan) -> None:
     )
     with pytest.raises(ValueError, match=message):
         ap.quantize_model(other, plan)
+    tied = Model()
+    tied.again = nnx.Linear(64, 96, rngs=nnx.Rngs(0))
+    tied.again.kernel = tied.up.kernel
+    untied = Model()
+    untied.again = nnx.Linear(64, 96, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="it quantizes layer 'again', but here: its kernel is in"):
+        ap.quantize_model(tied, ap.plan(untied, {"again": W2}, errors=False))
 
 
 def test_a_weight_of_zeros_has_no_error() -> None:

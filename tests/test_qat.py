@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 import jax_anyprec as ap
-from jax_anyprec.linen import FakeQuantDense
+from jax_anyprec.linen import FakeQuantDense, QuantDense
 from jax_anyprec.nnx import FakeQuantLinear, QuantLinear
 
 RNG = np.random.default_rng(0)
@@ -81,14 +81,11 @@ def test_training_gives_the_packed_outputs_bit_for_bit(name: str) -> None:
         (jnp.bfloat16, jnp.float32, None),
         (jnp.bfloat16, jnp.bfloat16, jnp.float32),
         (jnp.float16, jnp.float32, None),
+        (None, jnp.float32, jnp.bfloat16),
     ],
 )
 def test_dtypes_are_those_of_linear(dtype: Any, param_dtype: Any, preferred: Any) -> None:
-    # nnx.Linear adds its bias after the product, in `dtype`; so none where that shows.
-    float_layer = linear(
-        dtype=dtype, param_dtype=param_dtype, preferred_element_type=preferred,
-        use_bias=preferred is None,
-    )  # fmt: skip
+    float_layer = linear(dtype=dtype, param_dtype=param_dtype, preferred_element_type=preferred)
     layer = FakeQuantLinear.from_linear(float_layer, QUANTIZATIONS["W2A4 in groups"])
     for x in (X, jnp.asarray(X, jnp.bfloat16)):
         y = layer(x)
@@ -98,11 +95,15 @@ def test_dtypes_are_those_of_linear(dtype: Any, param_dtype: Any, preferred: Any
     assert layer.kernel_scales[...].dtype == jnp.float32
 
 
-def test_it_begins_as_the_least_error_quantization() -> None:
+def test_it_begins_as_its_quantization_says() -> None:
     float_layer = linear()
     layer = FakeQuantLinear.from_linear(float_layer, QUANTIZATIONS["W2A4 in groups"])
     packed = QuantLinear.from_linear(float_layer, weights=2, activations=4, group_size=32)
     np.testing.assert_array_equal(layer(X), packed(X))
+    # Whole columns of more than 3 bits have scales by the largest weight, as in conversion.
+    layer = FakeQuantLinear.from_linear(float_layer, ap.Quantization(weights=4))
+    packed = ap.Quantization(weights=4, scales="absmax").pack(float_layer.kernel[...])
+    np.testing.assert_array_equal(layer.kernel_scales[...], packed.scales)
     absmax = ap.Quantization(weights=2, activations=4, group_size=32, scales="absmax")
     layer = FakeQuantLinear.from_linear(float_layer, absmax, implementation="xla")
     packed = QuantLinear.from_linear(
@@ -119,6 +120,14 @@ def test_the_float_layer_is_copied() -> None:
     layer.kernel.set_value(layer.kernel[...] * 2)
     np.testing.assert_array_equal(float_layer.kernel[...], before)
     assert layer.kernel.get_metadata()["origin"] == "teacher"
+
+
+def test_metadata_goes_through_packing_and_back() -> None:
+    notes = {"kernel_metadata": {"note": "k"}, "bias_metadata": {"note": "b"}}
+    packed = FakeQuantLinear.from_linear(linear(**notes), QUANTIZATIONS["W1A1"]).pack()
+    layer = FakeQuantLinear.from_packed(packed)
+    assert layer.kernel.get_metadata("note") == "k"
+    assert layer.bias.get_metadata("note") == "b"
 
 
 @pytest.mark.parametrize(("name", "prepared"), [("W2A4 in groups", True), ("W4A8 rotated", False)])
@@ -143,6 +152,9 @@ def test_errors() -> None:
         FakeQuantLinear.from_linear(nnx.Embed(3, 4, rngs=nnx.Rngs(0)), quantization)
     with pytest.raises(TypeError, match=r"linear must be a flax.nnx.Linear, got int"):
         FakeQuantLinear(3, jnp.ones((N, 1)), bits=2)
+    special = nnx.LoRALinear(K, N, lora_rank=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="linear has no packed form: LoRALinear overrides"):
+        FakeQuantLinear.from_linear(special, quantization)
     with pytest.raises(ValueError, match=r"Quantization.weights must be set"):
         FakeQuantLinear.from_linear(linear(), ap.Quantization())
     with pytest.raises(ValueError, match="bits must be from 1 to 8, got 9"):
@@ -242,6 +254,32 @@ def test_linen_dtypes(dtype: Any) -> None:
         {"params": {"kernel": params["kernel"], "bias": params["bias"]}}, X
     ).dtype  # fmt: skip
     np.testing.assert_array_equal(y, layer.packed_layer.apply(layer.pack(params), X))
+
+
+def test_linen_promotes_with_the_dtype_that_the_kernel_has() -> None:
+    x = jnp.asarray(X, jnp.bfloat16)
+    layer = FakeQuantDense(N, weights=2)
+    params = jax.tree.map(lambda p: p.astype(x.dtype), layer.init(jax.random.key(0), x)["params"])
+    assert layer.apply({"params": params}, x).dtype == jnp.bfloat16
+
+
+def test_linen_boxes() -> None:
+    init = nn.with_partitioning(nn.initializers.normal(), ("in", "out"))
+    options: dict[str, Any] = {"weights": 2, "group_size": 32, "kernel_init": init}
+    layer = FakeQuantDense(N, **options)
+    boxed = layer.init(jax.random.key(0), X)["params"]
+    assert boxed["kernel_scales"].names == ("out", "in")
+    bare = nn.unbox(boxed)
+    float_params = {name: boxed[name] for name in ("kernel", "bias")}
+    assert jax.tree.structure(layer.params_from_dense(float_params)) == jax.tree.structure(boxed)
+    y = layer.apply({"params": bare}, X)
+    np.testing.assert_array_equal(layer.apply({"params": boxed}, X), y)
+    packed = layer.pack(boxed)
+    assert packed["packed"]["kernel"].planes.names == (None, "out", "in")
+    np.testing.assert_array_equal(layer.packed_layer.apply(packed, X), y)
+    drawn = QuantDense(N, **options).init(jax.random.key(0), X)
+    assert jax.tree.structure(drawn) == jax.tree.structure(packed)
+    assert QuantDense(N, **options).apply(drawn, X).shape == y.shape
 
 
 # --- the example ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,7 +71,11 @@ def test_a_bare_quantization_is_for_what_is_quantized_by_default() -> None:
     [
         ("output", "Linear", (64, 64), True),
         ("attention/output", "Linear", (64, 64), False),
-        ("out", "LinearGeneral", (64, 64), True),
+        ("out", "LinearGeneral", (64, 64), False),  # of a model that is one attention layer
+        ("out", "Linear", (64, 256), True),
+        ("lm_head/dense", "Dense", (64, 64), True),
+        ("moe/router/linear", "Linear", (64, 4), True),
+        ("head/mlp/up", "Linear", (64, 64), False),
         ("decoder/logits", "Dense", (64, 64), True),
         ("decoder/logitdense", "Dense", (64, 64), True),
         ("value_head", "Dense", (64, 64), True),
@@ -108,13 +113,17 @@ def test_a_catch_all_is_passed_over_for_layers_that_must_be_named() -> None:
 
 
 def test_obstacles_are_stronger_than_rules() -> None:
-    assert decided({"stem": W4}) == {}
-    assert decide({"stem": W4, "**/norm": None}, MODEL)[8].reason == "convolution"
+    assert decided({"ste*": W4, "layers/0/norm": None}) == {}
+    assert decide({"**/stem": W4, "**/norm": None}, MODEL)[8].reason == "convolution"
+    with pytest.raises(ValueError, match="rule 'stem' can't quantize 'stem': convolution"):
+        decide({"stem": W4}, MODEL)
 
 
 def test_a_shared_layer_answers_to_all_its_paths() -> None:
     tied = layer("embed", "Embed", aliases=("lm_head",))
     assert decide({"lm_head": W8}, [tied])[0].quantization == W8
+    tied = layer("decoder/project", aliases=("lm_head",))
+    assert decide(W8, [tied])[0].reason == "output head: float unless a rule names it"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +172,12 @@ def test_stars_within_a_name_are_those_of_fnmatch(pattern: str, path: str) -> No
         ({"layers/0/atention/query": W4}, ValueError, "come near: layers/0/attention/query"),
         ({"layers.0.mlp.up": W4}, ValueError, "matches no layer.*layers/0/mlp/up"),
         ({"**": W4, "layers/*": None}, ValueError, r"rule 'layers/\*' matches no layer"),
-        ({"layers/**": W4, "**/query": W8}, ValueError, r"rule '\*\*/query' decides nothing"),
+        ({"layers/**": W4, "**/query": W8}, ValueError, "query' decides nothing: earlier rules"),
+        (
+            {"layers/1/moe/*": W4},
+            ValueError,
+            r"matches only layers that stay in float .*: layers/1/moe/router \(router of experts\)",
+        ),
     ],
 )
 def test_rules_that_are_refused(rules: Any, error: type[Exception], message: str) -> None:
@@ -175,3 +189,48 @@ def test_a_catch_all_may_be_left_with_nothing() -> None:
     assert decide([("**/up", W4), ("**", W8)], [layer("mlp/up")])[0].quantization == W4
     with pytest.raises(ValueError, match="matches no layer; these come near: none"):
         decide(W4, [])
+
+
+# --- what rules give ---
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"weights": 9}, ValueError, "Quantization.weights must be from 1 to 8, got 9"),
+        ({"weights": 2.0}, TypeError, "Quantization.weights must be an int from 1 to 8, got 2.0"),
+        ({"activations": 0}, ValueError, "Quantization.activations must be from 1 to 8, got 0"),
+        ({"act_scales": "tokn"}, ValueError, r"Quantization.act_scales must be .*, got 'tokn'"),
+        ({"scales": "max"}, ValueError, r"Quantization.scales must be .*, got 'max'"),
+        ({"group_size": 0}, ValueError, "Quantization.group_size must be a positive int .* got 0"),
+        ({"group_size": True}, ValueError, "Quantization.group_size must be .* got True"),
+        ({"group_size": 32.0}, ValueError, "Quantization.group_size must be .* got 32.0"),
+    ],
+)
+def test_quantizations_that_are_refused(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ap.Quantization(**{"weights": 4, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        ({"weights": 4}, "absmax"),
+        ({"weights": 3}, "mse"),
+        ({"weights": 4, "group_size": 32}, "mse"),
+        ({"weights": 8, "rotate": True}, "mse"),
+        ({"weights": 2, "scales": "absmax"}, "absmax"),
+        ({"weights": 8, "scales": "mse"}, "mse"),
+    ],
+)
+def test_how_scales_are_chosen(options: dict[str, Any], method: Any) -> None:
+    quantization = ap.Quantization(**options)
+    assert quantization.scale_method == method
+    kernel = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
+    expected = ap.quantize(
+        kernel, options["weights"], group_size=options.get("group_size"), scales=method,
+        rotation=ap.Rotation.for_size(64) if quantization.rotate else None,
+    )  # fmt: skip
+    np.testing.assert_array_equal(quantization.pack(kernel).scales, expected.scales)

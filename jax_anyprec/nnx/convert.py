@@ -7,9 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from ..einsum import parse
 from ..plan import Layer, Plan, make_plan
@@ -17,6 +15,7 @@ from ..quantization import Quantization
 from ..rules import Rules
 from ..tensor import SCALE_DTYPES, QuantizedTensor
 from .embed import embed_like
+from .float_layers import FLOAT_LAYERS, float_base, own_behaviour
 from .general import einsum_like, general_like, spec_of
 from .linear import linear_like
 from .packed import Packed
@@ -46,61 +45,38 @@ class _Kind:
     """A float layer of Flax that has a packed counterpart.
 
     Args:
-      methods: what a subclass must leave as it is.
-      weight: the name of its weight.
       spec: the product that it computes, see `jax_anyprec.einsum.parse`; rows don't matter.
       shape: of its weight, without stacked layers.
-      special: what it does that its counterpart does not, or None.
       packed: the counterpart with a packed weight.
     """
 
-    methods: tuple[str, ...]
-    weight: str
     spec: Callable[[Any], str]
     shape: Callable[[Any], tuple[int, ...]]
-    special: Callable[[Any], str | None]
     packed: Callable[[Any, QuantizedTensor, Quantization], nnx.Module]
 
 
 KINDS: dict[type[nnx.Module], _Kind] = {
     nnx.Linear: _Kind(
-        methods=("__call__",),
-        weight="kernel",
         spec=lambda layer: "k,kn->n",
         shape=lambda layer: (layer.in_features, layer.out_features),
-        special=lambda layer: _other(layer, "dot_general", lax.dot_general),
         packed=lambda layer, w, q: linear_like(layer, w, **q.layer_options),
     ),
     nnx.LinearGeneral: _Kind(
-        methods=("__call__",),
-        weight="kernel",
         spec=spec_of,
         shape=lambda layer: (*layer.batch_axis.values(), *layer.in_features, *layer.out_features),
-        special=lambda layer: _other(layer, "dot_general") or _other(layer, "dot_general_cls"),
         packed=general_like,
     ),
     nnx.Einsum: _Kind(
-        methods=("__call__",),
-        weight="kernel",
         spec=lambda layer: layer.einsum_str,
         shape=lambda layer: tuple(layer.kernel_shape),
-        special=lambda layer: _other(layer, "einsum_op", jnp.einsum),
         packed=einsum_like,
     ),
     nnx.Embed: _Kind(
-        methods=("__call__", "attend"),
-        weight="embedding",
         spec=lambda layer: "k,nk->n",
         shape=lambda layer: (layer.num_embeddings, layer.features),
-        special=lambda layer: None,
         packed=lambda layer, w, q: embed_like(layer, w, **q.layer_options),
     ),
 }
-
-
-def _other(layer: Any, name: str, usual: Any = None) -> str | None:
-    value = getattr(layer, name)
-    return None if value is None or value is usual else f"has a {name} of its own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,20 +103,52 @@ class _Found:
 def _find(model: nnx.Module) -> list[_Found]:
     """All modules that hold parameters, once each."""
     to: dict[int, list[Reference]] = {id(model): []}
-    modules = [model]
+    modules: list[nnx.Pytree] = [model]
     for reference in references(model):
-        if id(reference.node) not in to and isinstance(reference.node, nnx.Module):
+        if id(reference.node) not in to and isinstance(reference.node, nnx.Pytree):
             modules.append(reference.node)
         to.setdefault(id(reference.node), []).append(reference)
-    return [_describe(module, to) for module in modules if _parameters(module)]
+    rewritten = _rewritten(modules)
+    found = [_describe(m, to, rewritten.get(id(m))) for m in modules if _parameters(m)]
+    return found + _out_of_reach(model, to)
 
 
-def _describe(module: Any, to: dict[int, list[Reference]]) -> _Found:
-    """What rules and plans need to know of a module."""
+def _rewritten(modules: list[nnx.Pytree]) -> dict[int, str]:
+    """The obstacle of all modules whose weights a module around them changes in each call."""
+    return {
+        id(inner): f"its weights are rewritten by the {type(module).__name__} around it"
+        for module in modules
+        if isinstance(module, nnx.SpectralNorm | nnx.WeightNorm)
+        for _, inner in nnx.iter_modules(module)
+        if inner is not module
+    }
+
+
+def _out_of_reach(model: nnx.Module, to: dict[int, list[Reference]]) -> list[_Found]:
+    """The modules that Flax finds in containers in which they can't be replaced."""
+    obstacle = "lies in a container that conversion can't change: neither of Flax nor of Python"
+    found = []
+    for keys, module in nnx.iter_modules(model):
+        if id(module) not in to and _parameters(module):
+            here = Reference("/".join(map(str, keys)), module, "", module)
+            held_here = {id(v): [here] for _, v in held(module)}
+            found.append(_describe(module, {id(module): [here], **held_here}, obstacle))
+    return found
+
+
+def _describe(module: Any, to: dict[int, list[Reference]], around: str | None) -> _Found:
+    """What rules and plans need to know of a module.
+
+    Args:
+      to: the references to a module or variable, by its id.
+      around: the obstacle that lies around the module, if one does.
+    """
     parameters = _parameters(module)
-    base = next((t for t in KINDS if isinstance(module, t)), None)
+    base = float_base(module)
     kind = None if base is None else KINDS[base]
-    variable = max(parameters, key=_nbytes) if kind is None else getattr(module, kind.weight)
+    variable = (
+        max(parameters, key=_nbytes) if base is None else getattr(module, FLOAT_LAYERS[base].weight)
+    )
     weight = variable.get_value()
     path, *aliases = (r.path for r in to[id(module)]) if to[id(module)] else [""]
     fields: dict[str, Any] = {
@@ -150,7 +158,7 @@ def _describe(module: Any, to: dict[int, list[Reference]]) -> _Found:
         "shape": tuple(getattr(weight, "shape", ())),
         "dtype": str(getattr(weight, "dtype", "packed")),
         "nbytes": sum(map(_nbytes, parameters)),
-        "obstacle": _obstacle(module, base, weight, to[id(variable)]),
+        "obstacle": around or _obstacle(module, base, weight, to[id(variable)]),
     }
     if kind is not None and fields["obstacle"] is None:
         product, shape = parse(kind.spec(module)), kind.shape(module)
@@ -178,27 +186,31 @@ def _obstacle(module: Any, base: Any, weight: Any, holders: list[Reference]) -> 
         return "convolution"
     if base is None:
         return f"{name} has no packed form"
-    kind = KINDS[base]
-    for method in kind.methods:
-        if getattr(type(module), method) is not getattr(base, method):
-            return f"{name} overrides {method} of {base.__name__}"
+    behaviour = own_behaviour(module, base)
+    if behaviour is not None:
+        return behaviour
+    kind, weight_name = KINDS[base], FLOAT_LAYERS[base].weight
     if len(holders) > 1:
-        return f"its {kind.weight} is in other modules too: {', '.join(r.path for r in holders)}"
+        return f"its {weight_name} is in other modules too: {', '.join(r.path for r in holders)}"
     if str(weight.dtype) not in SCALE_DTYPES:
         return f"weights of {weight.dtype} are not quantized"
     expected = kind.shape(module)
     if weight.shape[len(weight.shape) - len(expected) :] != expected:
-        return f"its {kind.weight} should have shape {expected} after any stacked axes"
+        return f"its {weight_name} should have shape {expected} after any stacked axes"
     try:
         parse(kind.spec(module))
     except ValueError as error:
         return str(error)
-    return kind.special(module)
+    return None
 
 
-def _parameters(module: nnx.Module) -> list[nnx.Variable[Any]]:
-    """The parameters and packed weights that a module holds itself."""
-    return [node for _, node in held(module) if isinstance(node, nnx.Param | Packed)]
+def _parameters(module: Any) -> list[nnx.Variable[Any]]:
+    """The parameters and packed weights that a module holds itself.
+
+    In a layer with a packed form that is any variable: a frozen one is no `nnx.Param`.
+    """
+    kinds = nnx.Param | Packed if float_base(module) is None else nnx.Variable
+    return [node for _, node in held(module) if isinstance(node, kinds)]
 
 
 def _nbytes(variable: nnx.Variable[Any]) -> int:

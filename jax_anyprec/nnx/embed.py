@@ -15,7 +15,8 @@ from .. import ops
 from ..lookup import rows_of
 from ..quantization import Quantization
 from ..tensor import QuantizedTensor, check_tensor, dequantize_rows
-from .linear import reshard
+from .float_layers import check_float_layer
+from .linear import param_dtype, reshard
 from .metadata import NOTHING, folded, metadata_of
 
 
@@ -90,8 +91,7 @@ class QuantEmbed(nnx.Module):
         cls, embed: nnx.Embed, quantization: Quantization, *, implementation: str | None = None
     ) -> QuantEmbed:
         """`embed` with its table quantized; dtypes, promotion and metadata stay."""
-        if not isinstance(embed, nnx.Embed):
-            raise TypeError(f"embed must be a flax.nnx.Embed, got {type(embed).__name__}")
+        check_float_layer(embed, nnx.Embed, "embed")
         return embed_like(
             embed,
             quantization.pack(embed.embedding.get_value().T),
@@ -107,7 +107,7 @@ def embed_like(embed: nnx.Embed, table: QuantizedTensor, **options: Any) -> Quan
     return QuantEmbed(
         table,
         dtype=embed.dtype,
-        param_dtype=embed.param_dtype,
+        param_dtype=param_dtype(embed, embed.embedding),
         promote_dtype=embed.promote_dtype,
         embedding_metadata=metadata_of(embed.embedding, axes),
         **options,

@@ -18,7 +18,8 @@ from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 from ..einsum import Product, einsum, pack_einsum, parse
 from ..quantization import Quantization
 from ..tensor import QuantizedTensor, check_tensor
-from .linear import draw_key, kept_options, reshard
+from .float_layers import check_float_layer
+from .linear import draw_key, kept_options, out_dtype, reshard
 from .metadata import NOTHING, folded, metadata_of
 
 NO_AXES: Mapping[int, int] = MappingProxyType({})
@@ -126,7 +127,7 @@ class QuantEinsum(nnx.Module):
             bias=bias,
             act_bits=self.activations,
             act_scales=self.act_scales,
-            out_dtype=self.preferred_element_type,
+            out_dtype=out_dtype(self.preferred_element_type, bias),
             implementation=self.implementation,
         )
         return reshard(y, out_sharding)
@@ -136,8 +137,7 @@ class QuantEinsum(nnx.Module):
         cls, layer: nnx.Einsum, quantization: Quantization, *, implementation: str | None = None
     ) -> QuantEinsum:
         """`layer` with its kernel quantized; bias, dtypes, promotion and metadata stay."""
-        if not isinstance(layer, nnx.Einsum):
-            raise TypeError(f"layer must be a flax.nnx.Einsum, got {type(layer).__name__}")
+        check_float_layer(layer, nnx.Einsum, "layer")
         kernel = pack_einsum(layer.einsum_str, layer.kernel.get_value(), quantization)
         return einsum_like(layer, kernel, quantization, implementation=implementation)
 
@@ -218,8 +218,7 @@ class QuantLinearGeneral(QuantEinsum):
         implementation: str | None = None,
     ) -> QuantLinearGeneral:
         """`layer` with its kernel quantized; bias, dtypes, promotion and metadata stay."""
-        if not isinstance(layer, nnx.LinearGeneral):
-            raise TypeError(f"layer must be a flax.nnx.LinearGeneral, got {type(layer).__name__}")
+        check_float_layer(layer, nnx.LinearGeneral, "layer")
         kernel = pack_einsum(spec_of(layer), layer.kernel.get_value(), quantization)
         return general_like(layer, kernel, quantization, implementation=implementation)
 

@@ -16,6 +16,7 @@ from ..format import check_bits
 from ..quantize import quantize
 from ..rotation import Rotation
 from ..tensor import QuantizedTensor, check_tensor
+from .float_layers import check_float_layer
 from .metadata import NOTHING, metadata_of, packed
 
 
@@ -33,7 +34,8 @@ class QuantLinear(nnx.Module):
       act_scales, implementation: as for `jax_anyprec.matmul`.
       dtype: the inputs' and the output's dtype (default: inferred from inputs and `param_dtype`).
       precision: accepted for compatibility; sums are float32 over exact integers whatever it says.
-      preferred_element_type: the output's dtype (default: that of the promoted inputs).
+      preferred_element_type: the output's dtype (default: that of the promoted inputs). A bias of
+        a wider dtype widens it, as in `nnx.Linear`.
       kernel, bias: packed weights ``(in_features, out_features)`` and ``float[out_features]`` to
         use instead of drawing new ones, which takes `rngs`. Both may have leading axes, in a layer
         that is mapped or scanned over.
@@ -108,7 +110,7 @@ class QuantLinear(nnx.Module):
             bias=bias,
             act_bits=self.activations,
             act_scales=self.act_scales,
-            out_dtype=self.preferred_element_type,
+            out_dtype=out_dtype(self.preferred_element_type, bias),
             implementation=self.implementation,
         )
         return reshard(y, out_sharding)
@@ -141,8 +143,7 @@ class QuantLinear(nnx.Module):
         **options: Any,
     ) -> QuantLinear:
         """`linear` with its kernel quantized; bias, dtypes, promotion and metadata stay."""
-        if not isinstance(linear, nnx.Linear):
-            raise TypeError(f"linear must be a flax.nnx.Linear, got {type(linear).__name__}")
+        check_float_layer(linear, nnx.Linear, "linear")
         kernel = quantize(
             linear.kernel[...], weights, group_size=group_size, scales=scales, rotation=rotation
         )
@@ -168,11 +169,24 @@ def kept_options(layer: Any) -> dict[str, Any]:
         "bias": None if layer.bias is None else layer.bias.get_value(),
         "bias_metadata": metadata_of(layer.bias),
         "dtype": layer.dtype,
-        "param_dtype": layer.param_dtype,
+        "param_dtype": param_dtype(layer, layer.kernel),
         "precision": layer.precision,
         "promote_dtype": layer.promote_dtype,
         "preferred_element_type": layer.preferred_element_type,
     }
+
+
+def param_dtype(layer: Any, weight: nnx.Variable[Any]) -> Dtype:
+    """The dtype that the weight of a layer has in promotion: a float one's own."""
+    value = weight.get_value()
+    return layer.param_dtype if isinstance(value, QuantizedTensor) else value.dtype
+
+
+def out_dtype(preferred: Dtype | None, bias: jax.Array | None) -> Dtype | None:
+    """The dtype of outputs as in Flax, which adds the bias to a product in the preferred dtype."""
+    if preferred is None or bias is None:
+        return preferred
+    return jnp.result_type(preferred, bias.dtype)
 
 
 def draw_key(rngs: nnx.Rngs | None) -> jax.Array:

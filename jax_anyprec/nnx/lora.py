@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..quantization import Quantization
+from .float_layers import check_float_layer
 from .linear import QuantLinear
 from .qat import packed_like
 
@@ -34,12 +35,14 @@ def lora(
       rngs: A is drawn from its stream "params".
     """
     if isinstance(linear, QuantLinear):
+        _check_matrix(linear)
         if quantization is not None:
             raise ValueError("quantization must be None for a QuantLinear, which is packed already")
         return _adapter(linear, rank, rngs=rngs)
-    _check_linear(linear)
+    check_float_layer(linear, nnx.Linear, "linear")
     if quantization is None:
         raise ValueError("quantization must be a Quantization for a float layer, got None")
+    _check_matrix(linear)
     return _adapter(_pack(linear, linear.kernel[...], quantization), rank, rngs=rngs)
 
 
@@ -55,7 +58,8 @@ def pissa(linear: nnx.Linear, rank: int, quantization: Quantization) -> nnx.LoRA
       rank: at most min(K, N).
       quantization: of the rest.
     """
-    _check_linear(linear)
+    check_float_layer(linear, nnx.Linear, "linear")
+    _check_matrix(linear)
     a, b, rest = principal_factors(linear.kernel[...], rank)
     return _adapter(
         _pack(linear, rest, quantization),
@@ -122,6 +126,10 @@ def _adapter(base: QuantLinear, rank: int, **options: Any) -> nnx.LoRA:
     )
 
 
-def _check_linear(linear: Any) -> None:
-    if not isinstance(linear, nnx.Linear):
-        raise TypeError(f"linear must be a flax.nnx.Linear, got {type(linear).__name__}")
+def _check_matrix(linear: nnx.Linear | QuantLinear) -> None:
+    shape = linear.kernel.get_value().shape
+    if len(shape) != 2:
+        raise ValueError(
+            f"linear must be one layer, not a stack: its kernel has shape {shape}; make adapters "
+            "of its layers under nnx.vmap"
+        )

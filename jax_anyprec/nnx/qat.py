@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -15,7 +14,8 @@ from ..quantization import Quantization
 from ..quantize import quantize
 from ..rotation import Rotation
 from ..tensor import QuantizedTensor
-from .linear import QuantLinear, kept_options
+from .float_layers import check_float_layer
+from .linear import QuantLinear, kept_options, out_dtype, reshard
 from .metadata import metadata_of
 
 
@@ -47,8 +47,7 @@ class FakeQuantLinear(nnx.Module):
         act_scales: Literal["group", "token"] = "group",
         implementation: str | None = None,
     ):
-        if not isinstance(linear, nnx.Linear):
-            raise TypeError(f"linear must be a flax.nnx.Linear, got {type(linear).__name__}")
+        check_float_layer(linear, nnx.Linear, "linear")
         linear = nnx.clone(linear)
         self.kernel = linear.kernel
         self.kernel_scales = nnx.Param(scales.astype(jnp.float32))
@@ -69,7 +68,7 @@ class FakeQuantLinear(nnx.Module):
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """``[..., in_features]`` to ``[..., out_features]``."""
         bias = None if self.bias is None else self.bias[...]
-        like_kernel = jnp.zeros((), self.param_dtype)  # takes the kernel's part in promotion
+        like_kernel = jnp.zeros((), self.kernel.dtype)  # takes the kernel's part in promotion
         inputs, _, bias = self.promote_dtype((inputs, like_kernel, bias), dtype=self.dtype)
         y = fake_quant_matmul(
             inputs,
@@ -80,23 +79,17 @@ class FakeQuantLinear(nnx.Module):
             bias=bias,
             act_bits=self.activations,
             act_scales=self.act_scales,
-            out_dtype=self.preferred_element_type,
+            out_dtype=out_dtype(self.preferred_element_type, bias),
             implementation=self.implementation,
         )
-        return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+        return reshard(y, out_sharding)
 
     @classmethod
     def from_linear(
         cls, linear: nnx.Linear, quantization: Quantization, *, implementation: str | None = None
     ) -> FakeQuantLinear:
-        """`linear` in training for `quantization`.
-
-        Scales begin at the least squared error, unless `quantization` names another method.
-        """
-        if not isinstance(linear, nnx.Linear):
-            raise TypeError(f"linear must be a flax.nnx.Linear, got {type(linear).__name__}")
-        if quantization.scales is None and quantization.weights is not None:
-            quantization = dataclasses.replace(quantization, scales="mse")
+        """`linear` in training for `quantization`, which also says where scales begin."""
+        check_float_layer(linear, nnx.Linear, "linear")
         w = quantization.pack(linear.kernel[...])
         return cls(
             linear,
@@ -131,6 +124,8 @@ class FakeQuantLinear(nnx.Module):
             preferred_element_type=layer.preferred_element_type,
             kernel_init=lambda *_: w.dequantize(layer.param_dtype),
             bias_init=lambda *_: None if bias is None else bias[...],
+            kernel_metadata=metadata_of(layer.kernel),
+            bias_metadata=metadata_of(bias),
             rngs=nnx.Rngs(0),
         )
         return cls(

@@ -9,12 +9,15 @@ from flax import nnx
 
 
 class Reference(NamedTuple):
-    """A module or variable in an attribute of a module, or in Python's containers there."""
+    """A module or variable in an attribute of a module, or in Python's containers there.
+
+    Modules are all of `nnx.Pytree`, of which `nnx.Module` is one.
+    """
 
     path: str
-    parent: nnx.Module
+    parent: nnx.Pytree
     attribute: str
-    node: nnx.Module | nnx.Variable[Any]
+    node: nnx.Pytree | nnx.Variable[Any]
 
     def replace(self, new: nnx.Module) -> None:
         """Put `new` in the place of the node."""
@@ -30,7 +33,7 @@ def references(model: nnx.Module) -> Iterator[Reference]:
     yield from _references(model, (), {id(model)})
 
 
-def held(module: nnx.Module) -> Iterator[tuple[str, Any]]:
+def held(module: nnx.Pytree) -> Iterator[tuple[str, Any]]:
     """The modules and variables that a module holds itself, by name ("layers/0" in a container)."""
     for attribute, value in _sorted(vars(module)):
         for keys, node in _nodes(value, (attribute,)):
@@ -47,17 +50,17 @@ def _sorted(items: dict[str, Any]) -> list[tuple[str, Any]]:
     return sorted(items.items(), key=order)
 
 
-def _references(parent: nnx.Module, path: tuple[str, ...], seen: set[int]) -> Iterator[Reference]:
+def _references(parent: nnx.Pytree, path: tuple[str, ...], seen: set[int]) -> Iterator[Reference]:
     for attribute, value in _sorted(vars(parent)):
         for keys, node in _nodes(value, (*path, attribute)):
             yield Reference("/".join(keys), parent, attribute, node)
-            if isinstance(node, nnx.Module) and id(node) not in seen:
+            if isinstance(node, nnx.Pytree) and id(node) not in seen:
                 seen.add(id(node))
                 yield from _references(node, keys, seen)
 
 
 def _nodes(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(value, nnx.Module | nnx.Variable):
+    if isinstance(value, nnx.Pytree | nnx.Variable):
         yield keys, value
     elif isinstance(value, dict):
         for key, item in _sorted(value):
