@@ -20,9 +20,10 @@ A path is the names on the way to a layer, joined with "/": "layers/0/attention/
 names. The first rule that matches a layer decides: a `Quantization`, or None for float. A layer
 that no rule matches stays in float.
 
-Embeddings, output heads and the routers of experts stay in float unless a rule names them. A
-pattern names what it matches if its last name is more than wildcards: "**/lm_head" and "*head" name
-a head; "**" and "decoder/*" do not, and are passed over for such layers.
+Embeddings, output heads and the routers of experts, known by their class, their name or that of the
+module around them, stay in float unless a rule names them. A pattern names what it matches if its
+last name is more than wildcards: "**/lm_head" and "*head" name a head; "**" and "decoder/*" do not,
+and are passed over for such layers.
 """
 
 EVERYTHING = "**"

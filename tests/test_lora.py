@@ -229,7 +229,7 @@ def test_errors() -> None:
     for make in (lambda: lora(special, 2, W2, rngs=rngs), lambda: pissa(special, 2, W2)):
         with pytest.raises(ValueError, match="linear has no packed form: has a dot_general of"):
             make()
-    stack = nnx.vmap(lambda rngs: nnx.Linear(K, N, rngs=rngs))(nnx.Rngs(0).fork(split=2))
+    stack = nnx.vmap(lambda rngs: nnx.Linear(K, N, rngs=rngs))(nnx.Rngs(0).split(2))
     base = ap.quantize_model(stack, W2)
     for make in (
         lambda: lora(stack, 2, W2, rngs=rngs),
