@@ -340,7 +340,7 @@ def test_a_converted_model_inside_another(converted: Any) -> None:
 def test_a_checkpoint_can_be_restored_into_shapes(converted: Any) -> None:
     model, variables, quantized, packed = converted
     abstract = jax.eval_shape(lambda: variables)
-    ids = jax.ShapeDtypeStruct(IDS.shape, IDS.dtype)
+    ids = jax.ShapeDtypeStruct(IDS.shape, jnp.int32)
     other, expected = ap.quantize_model(model, RULES, abstract, ids)
     assert other == quantized
     assert jax.tree.structure(expected) == jax.tree.structure(packed)
