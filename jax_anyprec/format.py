@@ -250,6 +250,15 @@ def float_bits(x: Any) -> Any:
     return x.view(np.int32) if isinstance(x, np.ndarray) else _bitcast(x, jnp.int32)
 
 
+def largest_bits(x: Any) -> Any:
+    """The bits ``int32[...]`` of the largest magnitude along the last axis of ``float32[..., K]``.
+
+    Magnitudes are ordered as their bits are, with infinity and NaN last. A float maximum would do,
+    but XLA's on the CPU loses NaN (jaxlib 0.10.2).
+    """
+    return (float_bits(x) & np.int32(0x7FFFFFFF)).max(-1, initial=np.int32(0))
+
+
 def bits_float(x: Any) -> Any:
     """``int32[...]`` as the ``float32[...]`` with these bits."""
     return x.view(np.float32) if isinstance(x, np.ndarray) else _bitcast(x, jnp.float32)

@@ -1,4 +1,4 @@
-"""Single columns of a packed matrix, as embeddings look them up."""
+"""Embeddings of ids, from a packed table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,22 @@ import jax
 import jax.numpy as jnp
 
 from .format import TILE, fields_to_planes
-from .tensor import QuantizedTensor
+from .tensor import QuantizedTensor, dequantize_rows
+
+
+def look_up(w: QuantizedTensor, ids: jax.Array) -> jax.Array:
+    """Columns ``float32[..., K]`` of ``w (K, N)`` for ``ids int[...]``; NaN for ids out of range.
+
+    If there is one column only, any id finds it, as in Flax's embeddings.
+    """
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"inputs must be integers, got {ids.dtype}")
+    if w.shape[-1] == 1:
+        ids = jnp.zeros_like(ids)
+    rows = dequantize_rows(*rows_of(w, ids.reshape(-1)), w.k)
+    if w.rotation is not None:
+        rows = w.rotation.invert(rows)
+    return rows.reshape(*ids.shape, w.k)
 
 
 def rows_of(w: QuantizedTensor, ids: jax.Array) -> tuple[Any, Any, Any]:

@@ -336,9 +336,5 @@ def _on_part(p: Params, k: int, x: jax.Array, planes: jax.Array) -> Params:
 
 
 def _largest(x: jax.Array, names: Any) -> jax.Array:
-    """Largest magnitude of each row over all devices, ``float32[...]``; NaN if any is.
-
-    As integers, magnitudes keep their order, and infinity and NaN come out largest.
-    """
-    bits = fmt.float_bits(x) & np.int32(0x7FFFFFFF)
-    return fmt.bits_float(jax.lax.pmax(bits.max(-1), names))
+    """Largest magnitude of each row over all devices, ``float32[...]``; NaN if any is."""
+    return fmt.bits_float(jax.lax.pmax(fmt.largest_bits(x), names))

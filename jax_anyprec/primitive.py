@@ -73,10 +73,6 @@ def _quantize(x: jax.Array, *, rotation: Any, **p: Any) -> tuple[jax.Array, jax.
     return partition.quantize_activations(x, signs, block=block, **p)
 
 
-def _int_matmul(codes: jax.Array, planes: jax.Array, **p: Any) -> jax.Array:
-    return partition.int_matmul(codes, planes, **p)
-
-
 def _matmul(*operands: jax.Array, rotation: Any, **p: Any) -> jax.Array:
     x, planes, scales, offsets, bias = _fill(operands, p, local.absent())
     signs, block = _sign_words(rotation, x.shape[-1])
@@ -110,12 +106,11 @@ def _typed(
     rule: partition.Rule, operands: tuple[Any, ...], results: list[tuple[Any, Any]]
 ) -> list[ShapedArray]:
     """Results of these shapes and dtypes, cut over a mesh with explicit axes as operands are."""
-    meshes = [x.sharding.mesh for x in operands if not x.sharding.mesh.empty]
-    if not meshes:
+    like = next((x for x in operands if not x.sharding.mesh.empty), None)
+    if like is None:
         return [ShapedArray(shape, np.dtype(dtype)) for shape, dtype in results]
-    like = next(x for x in operands if not x.sharding.mesh.empty)
     specs = [x.sharding.spec for x in operands]
-    chosen = partition.assign(rule, specs, meshes[0].shape.__getitem__)
+    chosen = partition.assign(rule, specs, like.sharding.mesh.shape.__getitem__)
     return [
         like.update(
             shape=shape,
@@ -294,7 +289,7 @@ def _define(
 
 
 quantize_activations_p = _define("quantize", _quantize_abstract, _quantize, multiple_results=True)
-int_matmul_p = _define("int_matmul", _int_matmul_abstract, _int_matmul)
+int_matmul_p = _define("int_matmul", _int_matmul_abstract, partition.int_matmul)
 matmul_p = _define("matmul", _matmul_abstract, _matmul)
 ad.primitive_jvps[quantize_activations_p] = _refuse_to_differentiate
 ad.primitive_jvps[matmul_p] = _matmul_jvp

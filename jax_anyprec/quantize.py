@@ -91,13 +91,8 @@ def absmax_scales(x: Any, largest: int) -> Any:
 
 
 def _absmax(x: Any) -> Any:
-    """Largest magnitude of the last axis, ``float32[...]``; NaN or infinite if any value is.
-
-    Magnitudes are ordered as their bits are, with infinity and NaN last. A float maximum would do,
-    but XLA's on the CPU loses NaN (jaxlib 0.10.2).
-    """
-    bits = fmt.float_bits(x.astype(np.float32)) & np.int32(0x7FFFFFFF)
-    return fmt.bits_float(bits.max(-1, initial=np.int32(0)))
+    """Largest magnitude of the last axis, ``float32[...]``; NaN or infinite if any value is."""
+    return fmt.bits_float(fmt.largest_bits(x.astype(np.float32)))
 
 
 def check_floats(x: Any, name: str, min_ndim: int = 0) -> jax.Array:

@@ -101,6 +101,16 @@ def join_heads(x: jax.Array, batch: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1)
 
 
+def extend(
+    past: tuple[jax.Array, jax.Array] | None, k: jax.Array, v: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values ``[B G, T, D]`` of the past, with ``[B G, S, D]`` put at their positions."""
+    if past is None:
+        return k, v
+    put = jax.lax.dynamic_update_slice_in_dim
+    return put(past[0], k, positions[0], axis=1), put(past[1], v, positions[0], axis=1)
+
+
 def attend_causally(
     q: jax.Array,
     k: jax.Array,

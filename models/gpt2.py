@@ -15,9 +15,9 @@ from flax import nnx
 
 from jax_anyprec.quantization import Quantization
 
-from .attention import attend_causally, join_heads, split_heads
+from .attention import attend_causally, extend, join_heads, split_heads
 from .dense import make_linear
-from .llama import Cache
+from .llama import Cache, positions_after, run_layers
 from .norms import layer_norm
 
 
@@ -92,9 +92,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """``x [B, S, width]`` at ``positions int32[S]`` to its update and the keys and values."""
         q, k, v = (split_heads(each, self.head_dim) for each in jnp.split(self.qkv(x), 3, axis=-1))
-        if past is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(past[0], k, positions[0], axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(past[1], v, positions[0], axis=1)
+        k, v = extend(past, k, v, positions)
         y = attend_causally(q, k[:, :reach], v[:, :reach], positions)
         return self.output(join_heads(y, x.shape[0])), (k, v)
 
@@ -182,17 +180,11 @@ class GPT2(nnx.Module):
         Arguments and cache are as for `Llama.hidden`. What lies behind the context, as padding may,
         gets the last position's embedding; there features mean nothing, but are finite.
         """
-        start = jnp.int32(0) if cache is None else cache.length
-        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        positions = positions_after(cache, tokens.shape[1])
         last = self.config.context_length - 1
         x = self.embed(tokens) + self.position_embed(jnp.minimum(positions, last))
-        presents = []
-        for i, layer in enumerate(self.layers):
-            past = None if cache is None else (cache.keys[i], cache.values[i])
-            x, present = layer(x, positions, past, reach)
-            presents.append(present)
-        keys, values = zip(*presents, strict=True)
-        return self.norm(x), Cache(keys, values, start + tokens.shape[1])
+        x, cache = run_layers(self.layers, x, positions, cache, reach)
+        return self.norm(x), cache
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits ``float32[..., vocab]`` of final features ``[..., width]``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
@@ -19,7 +19,16 @@ from flax import nnx
 
 from jax_anyprec.quantization import Quantization
 
-from .attention import LinearScaling, Llama3Scaling, attend_causally, cap_softly, rotary
+from .attention import (
+    LinearScaling,
+    Llama3Scaling,
+    attend_causally,
+    cap_softly,
+    extend,
+    join_heads,
+    rotary,
+    split_heads,
+)
 from .dense import make_linear
 from .projections import Projections
 
@@ -179,13 +188,11 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """``x [B, S, width]`` at ``positions int32[S]`` to its update and the keys and values."""
         config = self.config
-        q, k, v = map(self._heads, self.qkv(x))
+        q, k, v = (split_heads(each, config.head_dim) for each in self.qkv(x))
         if config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = self._turn(q, positions), self._turn(k, positions)
-        if past is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(past[0], k, positions[0], axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(past[1], v, positions[0], axis=1)
+        k, v = extend(past, k, v, positions)
         y = attend_causally(
             q,
             k[:, :reach],
@@ -195,8 +202,7 @@ class Attention(nnx.Module):
             scale=config.attention_scale,
             soft_cap=config.attention_soft_cap,
         )
-        y = jnp.swapaxes(y.reshape(x.shape[0], -1, *y.shape[1:]), 1, 2)
-        return self.output(y.reshape(*x.shape[:2], -1)), (k, v)
+        return self.output(join_heads(y, x.shape[0])), (k, v)
 
     def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotary embeddings for ``x [B heads, S, D]``."""
@@ -204,11 +210,6 @@ class Attention(nnx.Module):
         if self.sliding and config.sliding_rope_theta is not None:
             return rotary(x, positions, config.sliding_rope_theta)
         return rotary(x, positions, config.rope_theta, config.rope_scaling)
-
-    def _heads(self, x: jax.Array) -> jax.Array:
-        """``[B, S, heads D]`` to ``[B heads, S, D]``."""
-        x = jnp.swapaxes(x.reshape(*x.shape[:2], -1, self.config.head_dim), 1, 2)
-        return x.reshape(-1, *x.shape[2:])
 
 
 class FeedForward(nnx.Module):
@@ -304,18 +305,12 @@ class Llama(nnx.Module):
         can't be checked here; `generate` does). Without one they are the first, and the cache
         that is returned is full.
         """
-        start = jnp.int32(0) if cache is None else cache.length
-        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        positions = positions_after(cache, tokens.shape[1])
         x = self.embed(tokens)
         if self.config.scale_embeddings:
             x *= jnp.asarray(self.config.hidden_size**0.5, x.dtype)
-        presents = []
-        for i, layer in enumerate(self.layers):
-            past = None if cache is None else (cache.keys[i], cache.values[i])
-            x, present = layer(x, positions, past, reach)
-            presents.append(present)
-        keys, values = zip(*presents, strict=True)
-        return self.norm(x), Cache(keys, values, start + tokens.shape[1])
+        x, cache = run_layers(self.layers, x, positions, cache, reach)
+        return self.norm(x), cache
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits ``float32[..., vocab]`` of final features ``[..., width]``."""
@@ -323,6 +318,32 @@ class Llama(nnx.Module):
         y = y.astype(jnp.float32)
         cap = self.config.logit_soft_cap
         return y if cap is None else cap_softly(y, cap)
+
+
+def positions_after(cache: Cache | None, count: int) -> jax.Array:
+    """Positions ``int32[count]`` of tokens that follow those in the cache, if there is one."""
+    return _filled(cache) + jnp.arange(count, dtype=jnp.int32)
+
+
+def _filled(cache: Cache | None) -> jax.Array:
+    return jnp.int32(0) if cache is None else cache.length
+
+
+def run_layers(
+    layers: Iterable[Any],
+    x: jax.Array,
+    positions: jax.Array,
+    cache: Cache | None,
+    reach: int | None,
+) -> tuple[jax.Array, Cache]:
+    """``x [B, S, width]`` through decoder layers, and the cache with these tokens added."""
+    presents = []
+    for i, layer in enumerate(layers):
+        past = None if cache is None else (cache.keys[i], cache.values[i])
+        x, present = layer(x, positions, past, reach)
+        presents.append(present)
+    keys, values = zip(*presents, strict=True)
+    return x, Cache(keys, values, _filled(cache) + x.shape[1])
 
 
 def make_norm(

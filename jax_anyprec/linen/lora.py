@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Initializer
 
-from ..nnx.lora import low_rank, principal_factors
+from ..low_rank import low_rank, principal_factors
 from ..tensor import QuantizedTensor
 from .dense import COLLECTION, QuantDense
 

@@ -14,8 +14,7 @@ from flax import linen as nn
 from flax.core import meta
 
 from .. import einsum as einsums
-from ..lookup import rows_of
-from ..tensor import dequantize_rows
+from ..lookup import look_up
 from . import calls as described
 from .calls import Calls, EinsumCall
 from .dense import COLLECTION
@@ -147,15 +146,7 @@ def _setup_embed(module: nn.Embed, weight: PackedWeight) -> None:
 
 def _look_up(module: nn.Embed, weight: PackedWeight, inputs: jax.Array) -> jax.Array:
     """Rows of a packed table, as `nn.Embed` takes them."""
-    if not jnp.issubdtype(inputs.dtype, jnp.integer):
-        raise ValueError(f"inputs must be integers, got {inputs.dtype}")
-    if module.num_embeddings == 1:
-        inputs = jnp.zeros_like(inputs)  # as nn.Embed does
-    w = weight.tensor
-    rows = dequantize_rows(*rows_of(w, inputs.reshape(-1)), w.k)
-    if w.rotation is not None:
-        rows = w.rotation.invert(rows)
-    rows = rows.reshape(*inputs.shape, module.features).astype(weight.setting.dtype)
+    rows = look_up(weight.tensor, inputs).astype(weight.setting.dtype)
     return cast(jax.Array, module.promote_dtype(rows, dtype=module.dtype, inexact=False)[0])
 
 

@@ -12,9 +12,9 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, PromoteDtypeFn
 
 from .. import ops
-from ..lookup import rows_of
+from ..lookup import look_up
 from ..quantization import Quantization
-from ..tensor import QuantizedTensor, check_tensor, dequantize_rows
+from ..tensor import QuantizedTensor, check_tensor
 from .float_layers import check_float_layer
 from .linear import param_dtype, reshard
 from .metadata import NOTHING, folded, metadata_of
@@ -57,16 +57,9 @@ class QuantEmbed(nnx.Module):
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Token ids ``int[...]`` to embeddings ``[..., features]``; NaN for ids out of range."""
-        if not jnp.issubdtype(inputs.dtype, jnp.integer):
-            raise ValueError(f"inputs must be integers, got {inputs.dtype}")
-        w = self.embedding.get_value()
-        if self.num_embeddings == 1:  # as in nnx.Embed, any id finds the only row
-            inputs = jnp.zeros_like(inputs)
-        rows = dequantize_rows(*rows_of(w, inputs.reshape(-1)), w.k)
-        if w.rotation is not None:
-            rows = w.rotation.invert(rows)
+        rows = look_up(self.embedding.get_value(), inputs)
         (rows,) = self.promote_dtype((rows,), dtype=self.dtype, inexact=False)
-        return reshard(rows.reshape(*inputs.shape, self.features), out_sharding)
+        return reshard(rows, out_sharding)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Scores of ``[..., features]`` against every embedding, ``[..., num_embeddings]``."""

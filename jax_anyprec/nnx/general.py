@@ -19,7 +19,7 @@ from ..einsum import Product, einsum, pack_einsum, parse
 from ..quantization import Quantization
 from ..tensor import QuantizedTensor, check_tensor
 from .float_layers import check_float_layer
-from .linear import draw_key, kept_options, out_dtype, reshard
+from .linear import draw_key, kept_options, out_dtype, promoted, reshard
 from .metadata import NOTHING, folded, metadata_of
 
 NO_AXES: Mapping[int, int] = MappingProxyType({})
@@ -112,9 +112,7 @@ class QuantEinsum(nnx.Module):
         return self._multiply(spec, inputs, out_sharding)
 
     def _multiply(self, spec: str, inputs: jax.Array, out_sharding: Any) -> jax.Array:
-        bias = None if self.bias is None else self.bias[...]
-        like_kernel = jnp.zeros((), self.param_dtype)  # takes the float kernel's part in promotion
-        inputs, _, bias = self.promote_dtype((inputs, like_kernel, bias), dtype=self.dtype)
+        inputs, bias = promoted(self, inputs, self.param_dtype)
         if bias is not None:
             product = parse(spec)
             sizes = product.sizes(self.kernel_shape)

@@ -101,9 +101,7 @@ class QuantLinear(nnx.Module):
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        bias = None if self.bias is None else self.bias[...]
-        like_kernel = jnp.zeros((), self.param_dtype)  # takes the float kernel's part in promotion
-        inputs, _, bias = self.promote_dtype((inputs, like_kernel, bias), dtype=self.dtype)
+        inputs, bias = promoted(self, inputs, self.param_dtype)
         y = ops.matmul(
             inputs,
             self.kernel.get_value(),
@@ -150,12 +148,25 @@ class QuantLinear(nnx.Module):
         return linear_like(linear, kernel, **options)
 
 
-def linear_like(linear: nnx.Linear, kernel: QuantizedTensor, **options: Any) -> QuantLinear:
-    """A `QuantLinear` of a packed kernel, stacked or not, and else as `linear`."""
+def linear_like(linear: Any, kernel: QuantizedTensor, **options: Any) -> QuantLinear:
+    """A `QuantLinear` of a packed kernel, stacked or not, and else as `linear`.
+
+    Args:
+      linear: an `nnx.Linear`, `QuantLinear` or `FakeQuantLinear`.
+      options: how it multiplies, see `QuantLinear`.
+    """
     metadata = metadata_of(linear.kernel)
     return QuantLinear.from_tensor(
         kernel, kernel_metadata=metadata, **kept_options(linear), **options
     )
+
+
+def promoted(layer: Any, inputs: jax.Array, dtype: Dtype) -> tuple[jax.Array, jax.Array | None]:
+    """Inputs and bias (or None) in the dtypes of a float layer whose kernel has `dtype`."""
+    bias = None if layer.bias is None else layer.bias[...]
+    like_kernel = jnp.zeros((), dtype)  # takes the float kernel's part in promotion
+    inputs, _, bias = layer.promote_dtype((inputs, like_kernel, bias), dtype=layer.dtype)
+    return inputs, bias
 
 
 def reshard(y: jax.Array, out_sharding: Any) -> jax.Array:

@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from ..low_rank import low_rank, principal_factors
 from ..quantization import Quantization
 from .float_layers import check_float_layer
-from .linear import QuantLinear
-from .qat import packed_like
+from .linear import QuantLinear, linear_like
 
 
 def lora(
@@ -88,29 +87,9 @@ def merge_lora(layer: nnx.LoRA, quantization: Quantization) -> QuantLinear:
     return _pack(base, kernel, quantization, implementation=base.implementation)
 
 
-def principal_factors(kernel: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A ``[K, rank]`` and B ``[rank, N]`` in the kernel's dtype, and the rest ``float32[K, N]``."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(kernel.shape):
-        raise ValueError(
-            f"rank must be an int from 1 to {min(kernel.shape)} for a kernel of shape "
-            f"{kernel.shape}, got {rank!r}"
-        )
-    whole = kernel.astype(jnp.float32)
-    u, s, v = jnp.linalg.svd(whole, full_matrices=False)
-    root = jnp.sqrt(s[:rank])
-    a = (u[:, :rank] * root).astype(kernel.dtype)
-    b = (root[:, None] * v[:rank]).astype(kernel.dtype)
-    return a, b, whole - low_rank(a, b)
-
-
-def low_rank(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``A @ B`` in full float32."""
-    return jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
-
-
 def _pack(layer: Any, kernel: jax.Array, quantization: Quantization, **options: Any) -> QuantLinear:
     """`layer`, float or packed, with another kernel, quantized."""
-    return packed_like(layer, quantization.pack(kernel), **quantization.layer_options, **options)
+    return linear_like(layer, quantization.pack(kernel), **quantization.layer_options, **options)
 
 
 def _adapter(base: QuantLinear, rank: int, **options: Any) -> nnx.LoRA:

@@ -13,9 +13,8 @@ from ..format import check_bits
 from ..quantization import Quantization
 from ..quantize import quantize
 from ..rotation import Rotation
-from ..tensor import QuantizedTensor
 from .float_layers import check_float_layer
-from .linear import QuantLinear, kept_options, out_dtype, reshard
+from .linear import QuantLinear, linear_like, out_dtype, promoted, reshard
 from .metadata import metadata_of
 
 
@@ -67,9 +66,7 @@ class FakeQuantLinear(nnx.Module):
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        bias = None if self.bias is None else self.bias[...]
-        like_kernel = jnp.zeros((), self.kernel.dtype)  # takes the kernel's part in promotion
-        inputs, _, bias = self.promote_dtype((inputs, like_kernel, bias), dtype=self.dtype)
+        inputs, bias = promoted(self, inputs, self.kernel.dtype)
         y = fake_quant_matmul(
             inputs,
             self.kernel[...],
@@ -148,22 +145,10 @@ class FakeQuantLinear(nnx.Module):
             scales=scales,
             rotation=self.rotation,
         )
-        return packed_like(
+        return linear_like(
             self,
             kernel,
             activations=self.activations,
             act_scales=self.act_scales,
             implementation=self.implementation,
         )
-
-
-def packed_like(layer: Any, kernel: QuantizedTensor, **options: Any) -> QuantLinear:
-    """A `QuantLinear` of `kernel` with the bias, dtypes and promotion of a dense layer.
-
-    Args:
-      layer: an `nnx.Linear`, `QuantLinear` or `FakeQuantLinear`.
-      options: how it multiplies, see `QuantLinear`.
-    """
-    return QuantLinear.from_tensor(
-        kernel, kernel_metadata=metadata_of(layer.kernel), **kept_options(layer), **options
-    )
