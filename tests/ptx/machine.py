@@ -1,0 +1,420 @@
+"""A batch of CTAs in lockstep: registers, which lanes run, barriers.
+
+A lane is a thread of one of the CTAs; each CTA has a whole number of warps, the lanes past its
+last thread never run. A register holds an array over all lanes, or a scalar where all lanes
+agree. These values are never changed in place. Of the lanes that can run, those at the lowest
+position run together (`flow` says why).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .faults import Deadlock, Divergence, Fault, StepLimit
+from .memory import Access, Clocks, Local, Memory, Parameters, Shared
+from .parse import Instruction
+
+DONE, WAITING = 2**31 - 1, 2**31 - 2
+"""Positions of lanes that have exited, and of those at a barrier."""
+PATIENCE = 256
+"""Jumps after which another warp has its turn, so that none spins forever for one that waits."""
+
+Step = Callable[["Machine"], None]
+Control = Callable[["Machine", int], "int | None"]
+
+
+@dataclass(slots=True)
+class Program:
+    """Steps by position. At a control position the step decides where lanes go on."""
+
+    name: str
+    steps: list[Any]
+    instructions: list[Instruction | None]
+    control_after: list[int]  # the first control position from each position on
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What all batches of a launch share."""
+
+    program: Program
+    memory: Memory
+    parameters: Parameters
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_size: int
+    local_size: int
+    grain: int
+    step_limit: int
+
+
+class Machine:
+    """The CTAs ``first ... first + count - 1`` of a launch."""
+
+    def __init__(self, launch: Launch, first: int, count: int, registers: list[Any]) -> None:
+        self.launch, self.first, self.ctas = launch, first, count
+        self.threads = int(np.prod(launch.block))
+        self.warps = -(-self.threads // 32)
+        self.lanes = count * self.warps * 32
+        self.r = registers
+        self.clocks = Clocks(count, self.warps)
+        self.shared = Shared(count, self.warps, launch.shared_size, launch.grain)
+        self.local = Local(self.lanes, launch.local_size)
+        self.memory, self.parameters = launch.memory, launch.parameters
+        self._identify()
+        self.copies = Copies(self.lanes)
+        self.position = np.where(self.thread < self.threads, 0, DONE)
+        self.barrier = np.full(self.lanes, -1)
+        self.resume = np.zeros(self.lanes, np.int64)
+        self.expected = np.zeros(self.lanes, np.int64)
+        self.mask: np.ndarray | None = None
+        self.count, self.partial = self.lanes, False
+        self._index: np.ndarray | None = None
+        self._steps = 0
+
+    def _identify(self) -> None:
+        lane = np.arange(self.lanes)
+        self.all = lane
+        self.warp = lane // 32
+        self.cta = lane // (32 * self.warps)
+        self.thread = lane % (32 * self.warps)
+        self.identity = lane + self.first * 32 * self.warps + 1
+        exists = self.thread < self.threads
+        self.warp_threads = np.bincount(self.warp[exists], minlength=self.ctas * self.warps)
+
+    def special(self, name: str) -> Any:
+        """The value of a special register such as ``%tid.x``."""
+        stem, _, axis = name.removeprefix("%").partition(".")
+        x, y, _ = self.launch.block if stem in ("tid", "ntid") else self.launch.grid
+        index = self.thread if stem == "tid" else self.first + self.cta
+        if stem in ("tid", "ctaid"):
+            parts = {"x": index % x, "y": index // x % y, "z": index // (x * y)}
+            return parts[axis].astype(np.uint32)
+        if stem in ("ntid", "nctaid"):
+            sizes = self.launch.block if stem == "ntid" else self.launch.grid
+            return np.uint32(sizes["xyz".index(axis)])
+        lane = (self.thread & 31).astype(np.uint32)
+        below = (np.uint32(1) << lane) - np.uint32(1)
+        values = {
+            "laneid": lane,
+            "warpid": (self.thread // 32).astype(np.uint32),
+            "nwarpid": np.uint32(self.warps),
+            "lanemask_eq": below + np.uint32(1),
+            "lanemask_lt": below,
+            "lanemask_le": below * np.uint32(2) + np.uint32(1),
+            "lanemask_gt": ~(below * np.uint32(2) + np.uint32(1)),
+            "lanemask_ge": ~below,
+        }
+        return values[stem]
+
+    # --- values ---
+
+    def whole(self, slot: int) -> np.ndarray:
+        """A register as an array over all lanes."""
+        value = self.r[slot]
+        return value if np.ndim(value) else np.full(self.lanes, value)
+
+    def active(self, slot: int) -> np.ndarray:
+        """A register's values in the active lanes."""
+        value = self.whole(slot)
+        return value if self.mask is None else value[self.index]
+
+    def put(self, slot: int, value: Any) -> None:
+        """Write a register: values for all lanes, of which those of active lanes count."""
+        self.r[slot] = np.where(self.mask, value, self.r[slot]) if self.partial else value
+
+    def put_active(self, slot: int, values: np.ndarray) -> None:
+        """Write a register: values for the active lanes only."""
+        if self.mask is None:
+            self.r[slot] = values
+        else:
+            whole = self.whole(slot).copy()
+            whole[self.index] = values
+            self.r[slot] = whole
+
+    @property
+    def index(self) -> np.ndarray:
+        """The active lanes."""
+        if self.mask is None:
+            return self.all
+        if self._index is None:
+            self._index = np.flatnonzero(self.mask)
+        return self._index
+
+    def access(self, instruction: Instruction) -> Access:
+        """Who the active lanes are."""
+        fail = partial(self.fault, instruction)
+        if self.mask is None:
+            return Access(self.cta, self.warp, self.thread, self.identity, self.clocks, fail)
+        i = self.index
+        return Access(
+            self.cta[i], self.warp[i], self.thread[i], self.identity[i], self.clocks, fail
+        )
+
+    def fault(
+        self, instruction: Instruction | None, kind: type[Fault], active: int, what: str
+    ) -> Fault:
+        """The error of one of the active lanes."""
+        lane = int(self.index[active])
+        z, y = divmod(self.first + int(self.cta[lane]), self.launch.grid[0])
+        z, y, x = z // self.launch.grid[1], z % self.launch.grid[1], y
+        line = instruction.text if instruction else "(end)"
+        return kind(
+            f"{self.launch.program.name}: {line}: CTA ({x}, {y}, {z}), "
+            f"thread {int(self.thread[lane])}: {what}"
+        )
+
+    # --- which lanes are active ---
+
+    def activate(self, mask: np.ndarray | None, count: int, partial: bool) -> None:
+        """Run what follows in these lanes; partial: others keep their registers."""
+        self.mask, self.count, self.partial, self._index = mask, count, partial, None
+
+    def under(self, slot: int, negated: bool, step: Step) -> None:
+        """A step in the active lanes where a predicate holds."""
+        chosen = self.r[slot]
+        if not np.ndim(chosen):
+            if bool(chosen) != negated:
+                step(self)
+            return
+        if negated:
+            chosen = ~chosen
+        if self.mask is not None:
+            chosen = chosen & self.mask
+        count = int(np.count_nonzero(chosen))
+        if count == self.count:
+            step(self)
+        elif count:
+            before = self.mask, self.count, self.partial, self._index
+            self.activate(chosen, count, True)
+            step(self)
+            self.mask, self.count, self.partial, self._index = before
+
+    def require_warps(self, instruction: Instruction, members: np.ndarray | None = None) -> None:
+        """Raise unless each warp that takes part does so with all of its members.
+
+        members: for each lane the bits of those needed, ``uint32``; all 32 without it.
+        """
+        if self.mask is None and members is None:
+            return
+        active = self.mask if self.mask is not None else np.ones(self.lanes, bool)
+        bits = np.packbits(active, bitorder="little").view("<u4")[self.warp]
+        needed = np.uint32(0xFFFFFFFF) if members is None else members
+        own = np.uint32(1) << (self.thread & 31).astype(np.uint32)
+        bad = active & ((needed & ~bits != 0) | (needed & own == 0))
+        if bad.any():
+            lane = int(np.argmax(bad))
+            raise self.fault(
+                instruction,
+                Divergence,
+                int(np.searchsorted(self.index, lane)),
+                f"active lanes {int(bits[lane]):#010x}, needed "
+                f"{int(np.broadcast_to(needed, bits.shape)[lane]):#010x}",
+            )
+
+    # --- running ---
+
+    def run(self) -> None:
+        """Until all lanes have exited."""
+        turn = 0
+        while True:
+            lowest = int(self.position.min())
+            if lowest >= WAITING:
+                if not self._release():
+                    return
+                continue
+            candidates = None
+            turn += 1
+            if turn % PATIENCE == 0:  # give each warp its turn
+                warp = turn // PATIENCE % (self.ctas * self.warps)
+                candidates = self.position[32 * warp : 32 * warp + 32]
+                if candidates.min() >= WAITING:
+                    candidates = None
+            self._run_group(*self._group(lowest, turn, candidates))
+
+    def _group(
+        self, lowest: int, turn: int, candidates: np.ndarray | None
+    ) -> tuple[np.ndarray, int, int]:
+        """Lanes that run next, their position, and where they meet others."""
+        if candidates is not None:
+            lowest = int(candidates.min())
+            mask = (self.position == lowest) & (
+                self.warp == turn // PATIENCE % (self.ctas * self.warps)
+            )
+        else:
+            mask = self.position == lowest
+        others = self.position[(self.position > lowest) & (self.position < WAITING)]
+        return mask, lowest, int(others.min()) if others.size else DONE
+
+    def _run_group(self, mask: np.ndarray, position: int, limit: int) -> None:
+        """Run these lanes until they part, wait, exit, or come to `limit`."""
+        count = int(np.count_nonzero(mask))
+        alive = int(np.count_nonzero(self.position != DONE))
+        self.activate(None if count == self.lanes else mask, count, count < alive)
+        program = self.launch.program
+        steps, control_after, jumps = program.steps, program.control_after, 0
+        at: int | None = position
+        while at is not None:
+            stop = min(control_after[at], limit)
+            for step in steps[at:stop]:
+                step(self)
+            self._count(stop - at + 1, stop)
+            if stop == limit:
+                at = self._park(limit)
+                continue
+            at = steps[stop](self, stop)
+            jumps += 1
+            if at is not None and (at >= limit or (jumps > PATIENCE and limit < DONE)):
+                at = self._park(at)
+
+    def _count(self, steps: int, position: int) -> None:
+        self._steps += steps
+        if self._steps > self.launch.step_limit:
+            raise self.fault(
+                self.launch.program.instructions[position],
+                StepLimit,
+                0,
+                f"after {self.launch.step_limit} instructions",
+            )
+
+    def _park(self, position: int) -> None:
+        """The active lanes go on at a position when they are chosen next."""
+        self.position[self.index] = position
+
+    def split(self, taken: np.ndarray, there: int, here: int) -> int | None:
+        """Active lanes go on `there` where `taken`, the others `here`."""
+        if not np.ndim(taken):
+            return there if taken else here
+        chosen = taken if self.mask is None else taken[self.mask]
+        count = int(np.count_nonzero(chosen))
+        if count == self.count:
+            return there
+        if count == 0:
+            return here
+        return self._park_each(np.where(chosen, there, here))
+
+    def _park_each(self, positions: np.ndarray) -> None:
+        self.position[self.index] = positions
+
+    def scatter(self, table: np.ndarray, index: np.ndarray) -> None:
+        """Each active lane goes on where a table says."""
+        self._park_each(table[index])
+
+    def leave(self, gone: np.ndarray, here: int) -> int | None:
+        """Active lanes exit where `gone`; the others go on `here`."""
+        if np.ndim(gone):
+            return self.split(gone, DONE, here) if np.any(gone) else here
+        return self.finish() if gone else here
+
+    def members(self, slot: int) -> np.ndarray:
+        """A register as the lanes that take part in a warp-wide instruction."""
+        return self.whole(slot)
+
+    def finish(self) -> None:
+        """The active lanes exit."""
+        self._park(DONE)
+
+    # --- barriers ---
+
+    def wait(
+        self, instruction: Instruction, number: np.ndarray, threads: np.ndarray, after: int
+    ) -> int | None:
+        """The active lanes come to a barrier of so many threads (0: all)."""
+        full = self.warp_threads
+        here = np.bincount(self.warp[self.index], minlength=len(full))
+        broken = (here > 0) & (here < full)
+        if broken.any():
+            warp = int(np.argmax(broken))
+            raise self.fault(
+                instruction,
+                Divergence,
+                int(np.argmax(self.warp[self.index] == warp)),
+                f"{here[warp]} of {full[warp]} threads of the warp came to the barrier",
+            )
+        if (
+            self.count == self.ctas * self.threads
+            and (threads == 0).all()
+            and (number == number[0]).all()
+        ):
+            self.clocks.join_all()
+            return after
+        self.position[self.index] = WAITING
+        self.barrier[self.index] = number
+        self.expected[self.index] = np.where(threads == 0, self.threads, threads)
+        self.resume[self.index] = after
+        self._open()
+        return None
+
+    def _open(self) -> bool:
+        """Let go those whose barrier is complete."""
+        opened = False
+        for cta, number in set(zip(*self._waiting(), strict=True)):
+            lanes = np.flatnonzero(
+                (self.cta == cta) & (self.barrier == number) & (self.position == WAITING)
+            )
+            if len(lanes) >= self.expected[lanes[0]]:
+                self.clocks.join(cta, np.unique(self.warp[lanes] % self.warps))
+                self.position[lanes] = self.resume[lanes]
+                self.barrier[lanes] = -1
+                opened = True
+        return opened
+
+    def _waiting(self) -> tuple[Sequence[int], Sequence[int]]:
+        waiting = self.position == WAITING
+        return self.cta[waiting].tolist(), self.barrier[waiting].tolist()
+
+    def _release(self) -> bool:
+        """No lane can run: False if all have exited; otherwise some wait in vain."""
+        stuck = np.flatnonzero(self.position == WAITING)
+        if not stuck.size:
+            return False
+        cta = self.cta[stuck[0]]
+        mine = self.cta == cta
+        self.activate(self.position == WAITING, stuck.size, True)
+        raise self.fault(
+            self.launch.program.instructions[self.resume[stuck[0]] - 1],
+            Deadlock,
+            0,
+            f"{np.count_nonzero(mine & (self.position == WAITING))} threads of the CTA wait at "
+            f"barriers {sorted(set(self.barrier[mine & (self.barrier >= 0)].tolist()))}, "
+            f"{self.threads - np.count_nonzero(mine & (self.position == WAITING))} have exited",
+        )
+
+
+class Copies:
+    """cp.async: which copies of which lane are in flight, and in which group."""
+
+    def __init__(self, lanes: int) -> None:
+        self.group = np.zeros(lanes, np.int64)
+        self.flying: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def add(self, lanes: np.ndarray, grains: np.ndarray) -> None:
+        """Copies to ``grains[n, k]`` begin, in the lanes' open groups."""
+        self.flying.append((lanes, self.group[lanes], grains))
+
+    def commit(self, lanes: np.ndarray) -> None:
+        """Close the open group."""
+        self.group[lanes] += 1
+
+    def landed(
+        self, active: np.ndarray, pending: int | None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Lanes and grains of copies that are done when all but `pending` groups are.
+
+        active: for each lane whether it waits. None: the open group is done as well.
+        """
+        limit = self.group + 1 if pending is None else self.group - pending
+        done, flying = [], []
+        for lanes, group, grains in self.flying:
+            now = active[lanes] & (group < limit[lanes])
+            if now.any():
+                done.append((lanes[now], grains[now]))
+            if not now.all():
+                flying.append((lanes[~now], group[~now], grains[~now]))
+        self.flying = flying
+        return done
