@@ -1,0 +1,1 @@
+"""Benchmarks of the CUDA backend and of the GPUs that it runs on."""

@@ -1,0 +1,255 @@
+"""Ways to multiply that take turns: ours at each precision, and XLA's own dots.
+
+Each one knows what a sample of its result must be, from float64 and within a bound that is derived.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_anyprec as ap
+from jax_anyprec import format as fmt
+from tests.layers import Layer
+from tests.oracle import OUT_ROUNDOFF, Bounded, float_matmul, gamma, quantized_matmul
+
+from .roofline import ways
+from .shapes import Precision
+from .timing import Program
+
+SAMPLED_ROWS = 8
+SAMPLED_TILES = 4
+MOST_COPIES = 64
+"""A program of more products would take long to compile."""
+
+
+class Case(NamedTuple):
+    """A layer with a number of tokens, on a chip that caches so many bytes."""
+
+    layer: Layer
+    m: int
+    cache_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}, M = {self.m}"
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows of a result that are checked, the first and the last among them."""
+        return np.unique(np.linspace(0, self.m - 1, SAMPLED_ROWS).astype(int))
+
+    @property
+    def tiles(self) -> np.ndarray:
+        """The tiles of columns that are checked, likewise."""
+        last = self.layer.n // fmt.TILE - 1
+        return np.unique(np.linspace(0, last, SAMPLED_TILES).astype(int))
+
+    @property
+    def columns(self) -> np.ndarray:
+        return (self.tiles[:, None] * fmt.TILE + np.arange(fmt.TILE)).reshape(-1)
+
+    def copies(self, set_bytes: int) -> int:
+        """Sets of operands that exceed the cache twice, or the most that a program takes."""
+        return min(MOST_COPIES, 2 + 2 * self.cache_bytes // set_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """One way, compiled; `about` names it in its row."""
+
+    about: dict[str, Any]
+    program: Program
+    weight_bytes: int
+    moved: int
+    """Bytes of operands and results of one product, each once."""
+    check: Callable[[Any], None]
+    """AssertionError unless the result of the last set of operands is right."""
+
+    @property
+    def calls(self) -> list[str]:
+        """Libraries' and our own kernels in the compiled program: what XLA made of a dot."""
+        text = self.program.compiled.as_text()
+        return sorted({*re.findall(r'custom_call_target="([^"]+)"', text), *_TRITON.findall(text)})
+
+
+_TRITON = re.compile(r"__triton_\w+")
+
+Operation = Callable[..., Any]
+
+
+def _enter(
+    case: Case,
+    about: dict[str, Any],
+    operation: Operation,
+    make_set: Callable[[jax.Array], tuple[Any, ...]],
+    expected: Callable[..., Bounded],
+) -> Contestant:
+    """A contestant whose sets `make_set(key)` gives, weights last if there are two operands."""
+    first = make_set(jax.random.key(0))
+    moved = _bytes((first, jax.eval_shape(operation, *first)))
+    keys = (jax.random.key(i) for i in range(1, case.copies(moved)))
+    sets = [first, *map(make_set, keys)]
+    wanted = expected(*sets[-1])
+
+    def check(result: Any) -> None:
+        at = (case.rows, case.columns) if result.shape[1:] == (case.layer.n,) else (case.rows,)
+        wanted.check(jax.device_get(result[np.ix_(*at)]))
+
+    weights = _bytes(first[1:])
+    return Contestant(about, Program(operation, sets), weights, moved, check)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+# --- ours ---
+
+
+def ours(case: Case, precision: Precision, implementation: str) -> Contestant:
+    """`ap.matmul` of bfloat16 activations, the prologue included."""
+    pair = precision.pair
+    scales = "group" if precision.group_size else "token"
+    operation = functools.partial(
+        ap.matmul, act_bits=pair.activations, act_scales=scales, implementation=implementation
+    )
+
+    def make_set(key: jax.Array) -> tuple[Any, ...]:
+        x_key, w_key = jax.random.split(key)
+        return activations(case, x_key), random_weights(w_key, case.layer, precision)
+
+    about = {"contestant": str(precision), "implementation": implementation}
+    about |= {"weight_bits": pair.weights, "act_bits": pair.activations, "ways": ways(*pair)}
+    return _enter(case, about, operation, make_set, functools.partial(_our_sample, case, precision))
+
+
+def prologue(case: Case, bits: int, group_size: int | None, implementation: str) -> Contestant:
+    """`ap.quantize_activations` alone, which writes codes as bytes; only codes are compared."""
+
+    def operation(x: jax.Array) -> jax.Array:
+        return ap.quantize_activations(
+            x, bits, group_size=group_size, implementation=implementation
+        )[0]
+
+    def expected(x: jax.Array) -> Bounded:
+        codes, _ = quantize_rows(x, case.rows, bits, group_size or case.layer.k)
+        return Bounded(codes.astype(np.float64), np.zeros(codes.shape))
+
+    name = f"quantize A{bits}" + (f" g{group_size}" if group_size else "")
+    about = {"contestant": name, "implementation": implementation, "act_bits": bits, "ways": {}}
+    return _enter(case, about, operation, lambda key: (activations(case, key),), expected)
+
+
+def activations(case: Case, key: jax.Array) -> jax.Array:
+    return jax.random.normal(key, (case.m, case.layer.k), jnp.bfloat16)
+
+
+def random_weights(key: jax.Array, layer: Layer, precision: Precision) -> ap.QuantizedTensor:
+    """Prepared, of random bits; scales of groups in float16, of columns in float32.
+
+    K and N must be multiples of 32, so that there is no padding, which would have to be 0.
+    """
+    bits, group_size = precision.pair.weights, precision.group_size or layer.k
+    tiles, words = layer.n // fmt.TILE, layer.k // fmt.WORD_BITS
+    bits_key, scales_key = jax.random.split(key)
+    planes = jax.random.bits(bits_key, (tiles, words, bits, fmt.TILE), jnp.uint32)
+    scales = jax.random.uniform(
+        scales_key, (tiles, layer.k // group_size, fmt.TILE), minval=1, maxval=2
+    ) / 2 ** (bits + 6)
+    scales = scales.astype(jnp.float16 if precision.group_size else jnp.float32)
+    return ap.QuantizedTensor(planes, scales, None, layer.k, group_size, None, layer.n)
+
+
+def _our_sample(case: Case, precision: Precision, x: jax.Array, w: ap.QuantizedTensor) -> Bounded:
+    """The sampled rows and columns, as tests/oracle.py derives them."""
+    part = dataclasses.replace(
+        w,
+        planes=np.asarray(w.planes[case.tiles]),
+        scales=np.asarray(w.scales[case.tiles]),
+        columns=len(case.columns),
+    ).restore()
+    weights = (fmt.unpack_planes(part.planes, w.k), w.bits, part.scales.astype(np.float32), None)
+    bits = precision.pair.activations
+    if bits is None:
+        rows = np.asarray(x[case.rows].astype(jnp.float32))
+        return float_matmul(rows, w.k, weights, None, "bfloat16")
+    codes, scales = quantize_rows(x, case.rows, bits, w.group_size)
+    return quantized_matmul((codes, bits, scales), weights, None, "bfloat16")
+
+
+def quantize_rows(
+    x: jax.Array, rows: np.ndarray, bits: int, group_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales of some rows, in NumPy: XLA's division on a GPU rounds in its own way."""
+    values = np.asarray(x[rows].astype(jnp.float32))
+    grouped = values.reshape(len(rows), -1, group_size)
+    scales = np.abs(grouped).max(-1) * np.float32(1 / fmt.act_max_level(bits))
+    return fmt.act_encode(grouped, scales[..., None], bits).reshape(values.shape), scales
+
+
+# --- XLA's own dots: both operands [rows, K], as libraries for 8 bits want them ---
+
+
+class Dot(NamedTuple):
+    """A product of two dtypes into a third, and the error that float sums may add.
+
+    `error(k)` is relative to the sum of magnitudes.
+    """
+
+    name: str
+    operand: Any
+    result: Any
+    error: Callable[[int], float]
+
+
+DOTS = (
+    Dot("bf16", jnp.bfloat16, jnp.bfloat16, lambda k: gamma(k + 2)),
+    Dot("int8", jnp.int8, jnp.int32, lambda k: 0.0),
+    # Tensor cores of compute capability 8.9 and 9.0 keep 13 bits of partial sums of 32 products.
+    Dot("fp8", jnp.float8_e4m3fn, jnp.float32, lambda k: max(1, k // 32) * 2.0**-13),
+)
+BASELINE = DOTS[0].name
+
+
+def dot(case: Case, kind: Dot) -> Contestant:
+    layer = case.layer
+
+    def operation(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(
+            x, w, (((1,), (1,)), ((), ())), preferred_element_type=kind.result
+        )
+
+    def make_set(key: jax.Array) -> tuple[Any, ...]:
+        return tuple(
+            _random(part, (size, layer.k), kind.operand)
+            for part, size in zip(jax.random.split(key), (case.m, layer.n), strict=True)
+        )
+
+    def expected(x: jax.Array, w: jax.Array) -> Bounded:
+        rows, columns = (
+            np.asarray(operand[index].astype(jnp.float32)).astype(np.float64)
+            for operand, index in ((x, case.rows), (w, case.columns))
+        )
+        value = rows @ columns.T
+        error = kind.error(layer.k) * (np.abs(rows) @ np.abs(columns.T))
+        # A library may split K, and cast its parts before it adds them.
+        return Bounded(
+            value, error + 2 * OUT_ROUNDOFF.get(kind.result.dtype.name, 0) * np.abs(value)
+        )
+
+    about = {"contestant": kind.name, "implementation": "XLA", "ways": {kind.name: 1}}
+    return _enter(case, about, operation, make_set, expected)
+
+
+def _random(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+    if dtype == jnp.int8:
+        return jax.random.randint(key, shape, -127, 128, jnp.int8)
+    return jax.random.normal(key, shape, jnp.bfloat16).astype(dtype)
