@@ -1,0 +1,178 @@
+#include "launch.h"
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace anyprec::cuda {
+namespace {
+
+#define ANYPREC_KERNEL_NAME(name, ...) #name,
+constexpr const char* kNames[] = {ANYPREC_KERNELS(ANYPREC_KERNEL_NAME)};
+
+struct GemmKernel {
+  Method method;
+  int bits;
+  Tile tile;
+};
+#define ANYPREC_GEMM_LINE(name, method, bits, tile) {Method::method, bits, Tile::tile},
+constexpr GemmKernel kGemms[] = {ANYPREC_GEMMS(ANYPREC_GEMM_LINE)};
+
+// What a prologue makes, as `Output` of prologue.cuh.
+enum class Output { kPlanes, kCodes, kFloat, kPlain };
+struct PrologueKernel {
+  DType x;
+  Output output;
+};
+#define ANYPREC_PROLOGUE_LINE(name, type, dtype, output) {DType::dtype, Output::output},
+constexpr PrologueKernel kPrologues[] = {ANYPREC_PROLOGUES(ANYPREC_PROLOGUE_LINE)};
+
+// Kernels are listed products first, then prologues, then the sum of parts.
+constexpr int kFirstPrologue = std::size(kGemms);
+
+Kernel gemm_kernel(Method method, int bits, Tile tile) {
+  for (size_t i = 0; i < std::size(kGemms); ++i) {
+    const GemmKernel& g = kGemms[i];
+    if (g.method == method && g.bits == bits && g.tile == tile) return static_cast<Kernel>(i);
+  }
+  throw std::invalid_argument(std::string("there is no kernel for method ") + name_of(method) +
+                              ", tile " + name_of(tile));
+}
+
+Kernel prologue_kernel(DType x, Output output) {
+  for (size_t i = 0; i < std::size(kPrologues); ++i) {
+    if (kPrologues[i].x == x && kPrologues[i].output == output) {
+      return static_cast<Kernel>(kFirstPrologue + i);
+    }
+  }
+  throw std::invalid_argument("there is no kernel for activations of this type");
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t group_count(int64_t k, int64_t group_size) { return k == 0 ? 1 : k / group_size; }
+
+// Words of a scale group; one that is all of K ends with it, and may end within a word.
+int32_t group_words(int64_t group_size) {
+  return static_cast<int32_t>(std::max<int64_t>(1, words(group_size)));
+}
+
+template <typename Params>
+Launch make_launch(Kernel kernel, int64_t grid_x, int64_t grid_y, int threads, int64_t shared,
+                   const Params& params) {
+  static_assert(sizeof(Params) <= sizeof(Launch::params) && std::is_trivially_copyable_v<Params>);
+  if (grid_x > INT32_MAX || grid_y > 65535) throw std::invalid_argument("the product is too large");
+  Launch l{kernel,
+           {static_cast<uint32_t>(grid_x), static_cast<uint32_t>(grid_y)},
+           static_cast<uint32_t>(threads),
+           static_cast<uint32_t>(shared),
+           sizeof(Params),
+           {}};
+  std::memcpy(l.params, &params, sizeof(Params));
+  return l;
+}
+
+constexpr int kChunk = 1024;  // values of a warp of a prologue
+constexpr int kMostWarps = 16;
+
+Launch prologue_launch(const Problem& p, Output output, int bits, int64_t block, Prologue params) {
+  params.m = static_cast<int32_t>(p.m);
+  params.k = static_cast<int32_t>(p.k);
+  params.bits = bits;
+  params.block = static_cast<int32_t>(block);
+  params.norm = block == 0 ? 1.0f : static_cast<float>(1 / std::sqrt(static_cast<double>(block)));
+  params.act_groups = static_cast<int32_t>(group_count(p.k, p.act_group_size));
+  params.act_group_words = group_words(p.act_group_size);
+  params.groups = static_cast<int32_t>(group_count(p.k, p.group_size));
+  params.group_words = group_words(p.group_size);
+  int64_t warps = std::min<int64_t>(kMostWarps, std::max<int64_t>(1, ceil_div(p.k, kChunk)));
+  return make_launch(prologue_kernel(p.x, output), p.m, 1, static_cast<int>(32 * warps),
+                     4 * std::max<int64_t>(1, words(p.k)), params);
+}
+
+void check_sizes(const Problem& p) {
+  if (p.m > INT32_MAX || p.n > INT32_MAX || p.k > INT32_MAX) {
+    throw std::invalid_argument("sizes must be below 2^31");
+  }
+  // Kernels count pieces of 16 bytes in 32 bits.
+  int64_t weights = tiles(p.n) * kTile * words(p.k) * p.weight_bits / 4;
+  int64_t rows = p.m * layout_of(Method::kPlanes, p).row_bytes / 16;
+  if (weights > UINT32_MAX || rows > UINT32_MAX) {
+    throw std::invalid_argument("operands must be below 64 GiB");
+  }
+}
+
+}  // namespace
+
+const char* name_of(Kernel kernel) { return kNames[static_cast<int>(kernel)]; }
+
+std::vector<Launch> quantize_launches(const Problem& p, const void* x, const uint32_t* signs,
+                                      int64_t block, uint8_t* codes, float* scales) {
+  if (p.m == 0) return {};
+  Prologue params{};
+  params.x = x;
+  params.signs = signs;
+  params.payload = codes;
+  params.scales = scales;
+  return {prologue_launch(p, Output::kPlain, p.act_bits, block, params)};
+}
+
+std::vector<Launch> matmul_launches(const Problem& p, const Plan& plan, const Buffers& b) {
+  check_sizes(p);
+  if (p.m == 0 || p.n == 0) return {};
+  Layout layout = layout_of(plan.method, p);
+  Prologue prologue{};
+  prologue.x = b.x;
+  prologue.signs = b.signs;
+  prologue.peaks = b.peaks;
+  prologue.payload = b.workspace;
+  prologue.scales = reinterpret_cast<float*>(b.workspace + p.m * layout.scales);
+  prologue.blocks = static_cast<int32_t>(layout.blocks);
+  // Sums of floats are for offsets only.
+  bool sums = plan.method != Method::kFloat || b.offsets != nullptr;
+  prologue.sums = sums ? b.workspace + p.m * layout.sums : nullptr;
+  auto output = static_cast<Output>(plan.method);
+  int bits = plan.method == Method::kFloat ? static_cast<int>(layout.passes) : p.act_bits;
+
+  Gemm gemm{};
+  gemm.weights = b.tiles;
+  gemm.scales = b.scales;
+  gemm.offsets = b.offsets;
+  gemm.bias = b.bias;
+  gemm.payload = b.workspace;
+  gemm.act_scales = prologue.scales;
+  gemm.act_sums = b.workspace + p.m * layout.sums;
+  gemm.out = plan.splits == 1 ? b.out : b.parts;
+  gemm.scale_dtype = b.scale_dtype;
+  gemm.offset_dtype = b.offset_dtype;
+  gemm.bias_dtype = b.bias_dtype;
+  gemm.out_dtype = b.out_dtype;
+  gemm.m = static_cast<int32_t>(p.m);
+  gemm.n = static_cast<int32_t>(p.n);
+  gemm.words = static_cast<int32_t>(words(p.k));
+  gemm.blocks = static_cast<int32_t>(layout.blocks);
+  gemm.passes = static_cast<int32_t>(layout.passes);
+  gemm.split_blocks = static_cast<int32_t>(ceil_div(layout.blocks, plan.splits));
+  gemm.splits = plan.splits;
+  gemm.groups = static_cast<int32_t>(group_count(p.k, p.group_size));
+  gemm.group_words = group_words(p.group_size);
+  gemm.act_groups = static_cast<int32_t>(group_count(p.k, p.act_group_size));
+  gemm.act_bits = p.act_bits;
+  gemm.integers = p.integers;
+
+  Shape shape = tile_shape(plan.method, p.weight_bits, plan.tile);
+  int64_t grid = ceil_div(p.n, shape.columns()) * ceil_div(p.m, shape.rows());
+  std::vector<Launch> launches = {
+      prologue_launch(p, output, bits, b.block, prologue),
+      make_launch(gemm_kernel(plan.method, p.weight_bits, plan.tile), grid, plan.splits,
+                  shape.threads(), shared_bytes(plan.method, p.weight_bits, shape), gemm)};
+  if (plan.splits == 1) return launches;
+  Reduce reduce{b.parts,    b.bias,      b.out,
+                b.bias_dtype, b.out_dtype, plan.splits,
+                static_cast<int32_t>(p.n), p.m * p.n};
+  launches.push_back(make_launch(Kernel::anyprec_reduce,
+                                 ceil_div(reduce.count, 4 * kReduceThreads), 1, kReduceThreads, 0,
+                                 reduce));
+  return launches;
+}
+
+}  // namespace anyprec::cuda

@@ -1,0 +1,158 @@
+#include "plan.h"
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+
+namespace anyprec::cuda {
+namespace {
+
+// Chips whose 1-bit tensor-core instruction is one in hardware, and not a routine of 130 others.
+bool has_planes(int arch) { return arch >= 80 && arch < 100; }
+
+// One-bit products (act_bits * weight_bits) up to which 1-bit tensor cores do more than 8-bit ones.
+// From published rates: 8 times as many on compute capability 8.0, 7.4 times on 9.0, less the
+// product by ones that counts the weights' bits. docs/gpu.md says what has been measured.
+constexpr int kMaxPlaneProducts = 6;
+
+// How near a tile comes to the rate of the instructions, relative to the largest: in proportion to
+// products for each byte read from shared memory. Not measured yet.
+double efficiency(Tile tile) {
+  switch (tile) {
+    case Tile::kNarrow: return 0.4;
+    case Tile::kMedium: return 0.75;
+    case Tile::kWide: return 0.85;
+    case Tile::kWhole: return 1.0;
+  }
+  return 0;
+}
+
+// A part of a split product has at least so many blocks of K, so that copies run ahead for most of
+// its time, and results are split in so many parts at most, because each is written and read.
+constexpr int64_t kLeastSplitBlocks = 16, kMostSplits = 16;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr std::array<const char*, 3> kMethods = {"planes", "codes", "float"};
+constexpr std::array<const char*, 4> kTiles = {"narrow", "medium", "wide", "whole"};
+
+int64_t group_count(int64_t k, int64_t group_size) { return k == 0 ? 1 : k / group_size; }
+
+bool has_tile(Method method, const Problem& p, Tile tile) {
+  if (method == Method::kPlanes) return tile == Tile::kNarrow || tile == Tile::kWhole;
+  return tile != Tile::kWhole || p.group_size == p.k;
+}
+
+struct Tiling {
+  Tile tile;
+  int splits;
+  double cost;
+};
+
+// Time in units of one product of a value: whole waves of blocks over the chip.
+Tiling tiling(Method method, const Problem& p, Tile tile, int multiprocessors) {
+  Shape shape = tile_shape(method, p.weight_bits, tile);
+  int64_t tiles = ceil_div(p.m, shape.rows()) * ceil_div(p.n, shape.columns());
+  int64_t blocks = layout_of(method, p).blocks, splits = 1;
+  if (!p.integers && tiles > 0) {
+    splits = std::min({multiprocessors / tiles, blocks / kLeastSplitBlocks, kMostSplits});
+    splits = std::max<int64_t>(1, splits);
+    splits = ceil_div(blocks, ceil_div(std::max<int64_t>(1, blocks), splits));
+    splits = std::max<int64_t>(1, splits);
+  }
+  double waves = static_cast<double>(ceil_div(tiles * splits, multiprocessors));
+  double work = static_cast<double>(shape.rows()) * shape.columns() / static_cast<double>(splits);
+  return {tile, static_cast<int>(splits), waves * work / efficiency(tile)};
+}
+
+Tiling best_tiling(Method method, const Problem& p, int multiprocessors) {
+  Tiling best{};
+  for (Tile tile : {Tile::kWhole, Tile::kWide, Tile::kMedium, Tile::kNarrow}) {
+    if (!has_tile(method, p, tile)) continue;
+    Tiling candidate = tiling(method, p, tile, multiprocessors);
+    if (best.cost == 0 || candidate.cost < best.cost) best = candidate;
+  }
+  return best;
+}
+
+std::string method_reason(Method method, const Problem& p, const std::string& not_planes) {
+  if (method == Method::kFloat) return "float activations are multiplied as bfloat16";
+  int products = p.act_bits * p.weight_bits;
+  if (method == Method::kPlanes) {
+    return std::to_string(products) + " one-bit products cost less than an 8-bit one";
+  }
+  return not_planes;
+}
+
+}  // namespace
+
+int pass_count(Method method, const Problem& p) {
+  if (method == Method::kPlanes) return p.act_bits;
+  return method == Method::kFloat ? float_parts(p.x, p.rotated) : 1;
+}
+
+Layout layout_of(Method method, const Problem& p) {
+  return make_layout(method, p.k, pass_count(method, p), group_count(p.k, p.act_group_size),
+                     group_count(p.k, p.group_size));
+}
+
+std::string refusal(Method method, const Problem& p, int arch) {
+  if (arch < 80) return "kernels need compute capability 8.0 or newer";
+  if (words(p.k) > kMaxRowWords) return "rows are too long to be quantized in shared memory";
+  if ((method == Method::kFloat) != (p.act_bits == 0)) {
+    return method == Method::kFloat ? "it is for float activations" : "activations are floats";
+  }
+  if (method == Method::kFloat) return "";
+  if (p.group_size > kMaxGroup) return "sums over a scale group may not fit int32";
+  if (method == Method::kCodes) return "";
+  if (!has_planes(arch)) return "the chip has no 1-bit tensor cores";
+  if (p.group_size != p.k || p.act_group_size != p.k) {
+    return "1-bit products need one scale for all of K";
+  }
+  return "";
+}
+
+Plan make_plan(const Problem& p, const Device& device, const std::string& asked) {
+  Method method;
+  std::string reason;
+  if (!asked.empty()) {
+    method = parse_method(asked);
+    std::string why = refusal(method, p, device.arch);
+    if (!why.empty()) throw std::invalid_argument("method " + asked + " can't be used: " + why);
+    reason = "asked for by name";
+  } else {
+    int products = p.act_bits * p.weight_bits;
+    std::string not_planes = refusal(Method::kPlanes, p, device.arch);
+    if (not_planes.empty() && products > kMaxPlaneProducts) {
+      not_planes = std::to_string(products) + " one-bit products cost more than an 8-bit one";
+    }
+    method = p.act_bits == 0    ? Method::kFloat
+             : not_planes.empty() ? Method::kPlanes
+                                  : Method::kCodes;
+    std::string why = refusal(method, p, device.arch);
+    if (!why.empty()) throw std::invalid_argument(why);
+    reason = method_reason(method, p, not_planes);
+  }
+  Tiling t = best_tiling(method, p, device.multiprocessors);
+  Shape shape = tile_shape(method, p.weight_bits, t.tile);
+  reason += "; tiles of " + std::to_string(shape.rows()) + " x " + std::to_string(shape.columns());
+  if (t.splits > 1) reason += ", K in " + std::to_string(t.splits) + " parts to fill the chip";
+  return {method, t.tile, t.splits, reason};
+}
+
+Method parse_method(const std::string& name) {
+  for (size_t i = 0; i < kMethods.size(); ++i) {
+    if (name == kMethods[i]) return static_cast<Method>(i);
+  }
+  throw std::invalid_argument("method must be planes, codes or float, got " + name);
+}
+Tile parse_tile(const std::string& name) {
+  for (size_t i = 0; i < kTiles.size(); ++i) {
+    if (name == kTiles[i]) return static_cast<Tile>(i);
+  }
+  throw std::invalid_argument("tile must be narrow, medium, wide or whole, got " + name);
+}
+const char* name_of(Method method) { return kMethods[static_cast<size_t>(method)]; }
+const char* name_of(Tile tile) { return kTiles[static_cast<size_t>(tile)]; }
+
+}  // namespace anyprec::cuda

@@ -1,0 +1,11 @@
+// The kernels before and after products: laying out activations, and adding parts of products.
+#include "kernels.h"
+#include "prologue.cuh"
+#include "reduce.cuh"
+
+ANYPREC_PROLOGUES(ANYPREC_DEFINE_PROLOGUE)
+
+extern "C" __global__ void __launch_bounds__(anyprec::cuda::kReduceThreads)
+    anyprec_reduce(const __grid_constant__ anyprec::cuda::Reduce p) {
+  anyprec::cuda::reduce(p);
+}

@@ -1,0 +1,340 @@
+// Activations of one row, by one block of threads: rotate, scale, round, sum, and lay out as the
+// products read them (product.h). A "piece" is the 32 values of a word; four lanes have it.
+#pragma once
+
+#include "lanes.cuh"
+#include "values.cuh"
+
+namespace anyprec::cuda {
+
+// What is made: one of the payloads of product.h, or codes one after another.
+enum class Output { kPlanes, kCodes, kFloat, kPlain };
+
+constexpr int kValues = 8;            // neighbours in a lane
+constexpr int kRuns = 4;              // of them, 256 apart
+constexpr int kChunk = 32 * kValues * kRuns;  // values of a warp, and the longest Hadamard block
+using Chunk = float[kRuns][kValues];
+
+__device__ inline float to_float(uint8_t code) { return code; }
+
+// Eight values from `at`, zeros past k.
+template <typename T>
+__device__ inline void load_values(const T* row, int at, int k, float (&v)[kValues]) {
+  struct alignas(kValues * sizeof(T) < 16 ? kValues * sizeof(T) : 16) Eight {
+    T x[kValues];
+  };
+  if (k % kValues == 0 && at < k) {  // rows are aligned, and end with eight
+    Eight eight = *reinterpret_cast<const Eight*>(row + at);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) v[i] = to_float(eight.x[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) v[i] = at + i < k ? to_float(row[at + i]) : 0.0f;
+}
+
+// One round: sums and differences of values `kDistance` apart. The order of rounds is the format's.
+template <int kDistance>
+__device__ inline void butterfly(Chunk& v, int lane) {
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      if constexpr (kDistance < kValues) {
+        if (i & kDistance) continue;
+        float a = v[r][i], b = v[r][i + kDistance];
+        v[r][i] = a + b, v[r][i + kDistance] = a - b;
+      } else if constexpr (kDistance < 32 * kValues) {
+        constexpr int kLanes = kDistance / kValues;
+        float other = from_lane_across(v[r][i], kLanes);
+        v[r][i] = lane & kLanes ? other - v[r][i] : v[r][i] + other;
+      } else {
+        constexpr int kApart = kDistance / (32 * kValues);
+        if (r & kApart) continue;
+        float a = v[r][i], b = v[r + kApart][i];
+        v[r][i] = a + b, v[r + kApart][i] = a - b;
+      }
+    }
+  }
+}
+
+__device__ inline void hadamard(Chunk& v, int lane, int block, float norm) {
+  butterfly<1>(v, lane), butterfly<2>(v, lane), butterfly<4>(v, lane);
+  butterfly<8>(v, lane), butterfly<16>(v, lane), butterfly<32>(v, lane);
+  if (block > 64) butterfly<64>(v, lane);
+  if (block > 128) butterfly<128>(v, lane);
+  if (block > 256) butterfly<256>(v, lane);
+  if (block > 512) butterfly<512>(v, lane);
+#pragma unroll
+  for (auto& run : v) {
+    // Never fused with what follows: results are the same bits everywhere.
+    for (float& x : run) x = __fmul_rn(x, norm);
+  }
+}
+
+template <typename T>
+__device__ inline void load_chunk(const Prologue& p, int first, int lane, Chunk& v) {
+  const T* row = static_cast<const T*>(p.x) + int64_t{blockIdx.x} * p.k;
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    int at = first + r * 32 * kValues + lane * kValues;
+    load_values(row, at, p.k, v[r]);
+    if (p.block == 0 || at >= p.k) continue;
+    uint32_t signs = p.signs[at / kWordBits] >> (at % kWordBits);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      v[r][i] = __uint_as_float(__float_as_uint(v[r][i]) ^ ((signs >> i) << 31));
+    }
+  }
+  if (p.block != 0) hadamard(v, lane, p.block, p.norm);
+}
+
+// Bits of the largest magnitude of a lane's values: they are ordered as magnitudes, NaN last.
+__device__ inline uint32_t largest_bits(const float (&v)[kValues]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (float x : v) largest = max(largest, __float_as_uint(x) & 0x7fffffffu);
+  return largest;
+}
+
+// absmax / act_max_level; 0 if too small, NaN if too large or not finite.
+__device__ inline float absmax_scale(float absmax, int bits) {
+  float scale = absmax * (1.0f / act_max_level(bits));
+  if (!(scale <= kMaxScale)) return __int_as_float(0x7fffffff);
+  return scale >= kMinScale ? scale : 0.0f;
+}
+
+// See encode() and act_encode() in jax_anyprec/format.py.
+__device__ inline int encode(float x, float inverse, int bits) {
+  int half = 1 << (bits - 1);
+  float level = __fmul_rn(x, inverse), low = static_cast<float>(-half);
+  if (bits >= kZeroBits) {
+    level = rintf(level);
+    low += 1;
+  } else {
+    level = fabsf(level) < kZeroLevel ? 0.0f : floorf(level);
+  }
+  level = level >= low ? level : low;  // also where level is NaN
+  float high = static_cast<float>(half - 1);
+  level = level <= high ? level : high;
+  return static_cast<int>(level) + half;
+}
+
+// --- from pieces to groups: a warp for each group ---
+
+// Turns the largest magnitudes in pieces[] into the scales of their groups, and keeps those.
+template <Output kOutput>
+__device__ inline void choose_scales(const Prologue& p, float* pieces) {
+  int lane = threadIdx.x % 32, warps = blockDim.x / 32, n = static_cast<int>(words(p.k));
+  for (int g = threadIdx.x / 32; g < p.act_groups; g += warps) {
+    int first = g * p.act_group_words, last = min(n, first + p.act_group_words);
+    uint32_t largest = 0;
+    for (int i = first + lane; i < last; i += 32) largest = max(largest, __float_as_uint(pieces[i]));
+    largest = __reduce_max_sync(kAllLanes, largest);
+    float absmax = p.peaks != nullptr ? p.peaks[blockIdx.x] : __uint_as_float(largest);
+    float scale = absmax_scale(absmax, p.bits);
+    for (int i = first + lane; i < last; i += 32) pieces[i] = scale;
+    if (lane != 0) continue;
+    if (kOutput == Output::kPlain) {
+      p.scales[int64_t{blockIdx.x} * p.act_groups + g] = scale;
+    } else {
+      int unit = kOutput == Output::kCodes ? act_unit(p.bits) : 1;
+      p.scales[int64_t{g} * p.m + blockIdx.x] = scale * unit;
+    }
+  }
+}
+
+template <typename T>
+__device__ inline void sum_groups(const Prologue& p, const T* pieces) {
+  int lane = threadIdx.x % 32, warps = blockDim.x / 32, n = static_cast<int>(words(p.k));
+  for (int g = threadIdx.x / 32; g < p.groups; g += warps) {
+    int first = g * p.group_words, last = min(n, first + p.group_words);
+    T sum = 0;
+    for (int i = first + lane; i < last; i += 32) sum += pieces[i];
+    sum = warp_sum(sum);
+    if (lane == 0) static_cast<T*>(p.sums)[int64_t{g} * p.m + blockIdx.x] = sum;
+  }
+}
+
+// --- laying out the eight values of a lane, which begin at index `at` ---
+
+__device__ inline uint8_t* in_block(const Prologue& p, int pass, int block) {
+  return p.payload + ((int64_t{pass} * p.blocks + block) * p.m + blockIdx.x) * kBlockBytes;
+}
+
+__device__ inline void pack_bytes(const int (&x)[kValues], uint32_t& lo, uint32_t& hi) {
+  lo = hi = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    lo |= (x[i] & 0xffu) << (8 * i);
+    hi |= (x[i + 4] & 0xffu) << (8 * i);
+  }
+}
+
+__device__ inline void store_codes(const Prologue& p, int at, int lane, const int (&x)[kValues]) {
+  uint32_t lo, hi;
+  pack_bytes(x, lo, hi);
+  lo = transpose_bytes(lo, lane), hi = transpose_bytes(hi, lane);
+  int block = at / 64;
+  if (block >= p.blocks) return;
+  auto* to = in_block(p, 0, block) + 16 * (lane % 4) + 8 * (at / 32 % 2);
+  *reinterpret_cast<uint2*>(to) = make_uint2(lo, hi);
+}
+
+__device__ inline void store_planes(const Prologue& p, int at, int lane, const int (&u)[kValues]) {
+  uint32_t x[2];
+  pack_bytes(u, x[0], x[1]);
+  transpose_bits(x[0], x[1]);
+  int word = at / kWordBits, block = word / 16, in = word % 16;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    x[i] = transpose_bytes(x[i], lane);
+    int bit = 4 * i + lane % 4;
+    if (block >= p.blocks || bit >= p.bits) continue;
+    auto* to = in_block(p, p.bits - 1 - bit, block) + 16 * (in % 4) + 4 * (in / 4);
+    *reinterpret_cast<uint32_t*>(to) = x[i];
+  }
+}
+
+__device__ inline void store_plain(const Prologue& p, int at, const int (&u)[kValues]) {
+  uint8_t* to = p.payload + int64_t{blockIdx.x} * p.k + at;
+  if (p.k % kValues == 0 && at < p.k) {
+    uint2 packed;
+    pack_bytes(u, packed.x, packed.y);
+    *reinterpret_cast<uint2*>(to) = packed;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    if (at + i < p.k) to[i] = static_cast<uint8_t>(u[i]);
+  }
+}
+
+// Parts of the upper 16 bits of a float each, which leaves the rest exact.
+__device__ inline void store_floats(const Prologue& p, int at, int lane, float (&v)[kValues]) {
+  int block = at / kWordBits;
+  for (int part = 0; part < p.bits; ++part) {
+    uint32_t x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t first = __float_as_uint(v[i]) & 0xffff0000u;
+      uint32_t second = __float_as_uint(v[i + 4]) & 0xffff0000u;
+      x[i] = (first >> 16) | second;
+      v[i] -= __uint_as_float(first), v[i + 4] -= __uint_as_float(second);
+    }
+    transpose_words(x, lane);
+    if (block >= p.blocks) continue;
+    *reinterpret_cast<uint4*>(in_block(p, part, block) + 16 * (lane % 4)) =
+        make_uint4(__byte_perm(x[0], x[2], 0x5410), __byte_perm(x[1], x[3], 0x5410),
+                   __byte_perm(x[0], x[2], 0x7632), __byte_perm(x[1], x[3], 0x7632));
+  }
+}
+
+// A token with a NaN or an infinity gives NaN.
+__device__ inline float finite_or_nan(float x) {
+  return fabsf(x) <= 0x1.fffffep127f ? x : __int_as_float(0x7fffffff);
+}
+
+// --- the kernel ---
+
+__device__ inline void lay_out_floats(const Prologue& p, int first, int lane, Chunk& v,
+                                      float* pieces) {
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    int at = first + r * 32 * kValues + lane * kValues;
+    float sum = 0;
+#pragma unroll
+    for (float& x : v[r]) {
+      x = finite_or_nan(x);
+      sum += x;
+    }
+    sum = quad_sum(sum);
+    if (lane % 4 == 0 && at < p.k) pieces[at / kWordBits] = sum;
+    store_floats(p, at, lane, v[r]);
+  }
+}
+
+template <Output kOutput, bool kGiven>
+__device__ inline void lay_out_codes(const Prologue& p, int first, int lane, const Chunk& v,
+                                     float* pieces) {
+  int centre = act_centre(p.bits);
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    int at = first + r * 32 * kValues + lane * kValues, piece = at / kWordBits;
+    float inverse = 0;
+    if (!kGiven && at < p.k) {
+      float scale = pieces[piece];
+      inverse = scale >= kMinScale && scale <= kMaxScale ? 0.5f / scale : 0.0f;
+    }
+    int x[kValues], sum = 0;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      int u = kGiven ? static_cast<int>(v[r][i]) & max_level(p.bits)
+                     : encode(v[r][i], inverse, p.bits);
+      bool inside = at + i < p.k;
+      int q = inside ? 2 * u - centre : 0;
+      if (kOutput == Output::kCodes) q /= act_unit(p.bits);
+      sum += q;
+      x[i] = kOutput == Output::kCodes ? q : inside ? u : 0;
+    }
+    if constexpr (kOutput == Output::kPlain) {
+      store_plain(p, at, x);
+    } else {
+      sum = quad_sum(sum);
+      // The lanes of a piece have all read its scale: they have met in the exchange of sums.
+      __syncwarp();
+      if (lane % 4 == 0 && at < p.k) pieces[piece] = __int_as_float(sum);
+      kOutput == Output::kCodes ? store_codes(p, at, lane, x) : store_planes(p, at, lane, x);
+    }
+  }
+}
+
+// For T = uint8_t x holds codes.
+template <typename T, Output kOutput>
+__device__ inline void prologue(const Prologue& p) {
+  constexpr bool kGiven = sizeof(T) == 1;
+  extern __shared__ uint4 shared_memory[];
+  auto* pieces = reinterpret_cast<float*>(shared_memory);
+  int lane = threadIdx.x % 32, step = blockDim.x / 32 * kChunk;
+  int mine = threadIdx.x / 32 * kChunk;
+  constexpr int kBlockValues = kOutput == Output::kPlanes ? 512 : kOutput == Output::kCodes ? 64 : 32;
+  int end = kOutput == Output::kPlain ? p.k : p.blocks * kBlockValues;
+  Chunk v;
+  int held = -1;  // first index of the chunk in v
+  if constexpr (!kGiven && kOutput != Output::kFloat) {
+    for (int first = mine; first < p.k; first += step) {
+      load_chunk<T>(p, first, lane, v);
+      held = first;
+#pragma unroll
+      for (int r = 0; r < kRuns; ++r) {
+        uint32_t largest = largest_bits(v[r]);
+        largest = max(largest, from_lane_across(largest, 1));
+        largest = max(largest, from_lane_across(largest, 2));
+        int at = first + r * 32 * kValues + lane * kValues;
+        if (lane % 4 == 0 && at < p.k) pieces[at / kWordBits] = __uint_as_float(largest);
+      }
+    }
+    __syncthreads();
+    choose_scales<kOutput>(p, pieces);
+    __syncthreads();
+  }
+  // Rows that fit the registers are read once.
+  for (int first = mine; first < end; first += step) {
+    if (first != held) load_chunk<T>(p, first, lane, v);
+    held = first;
+    if constexpr (kOutput == Output::kFloat) {
+      lay_out_floats(p, first, lane, v, pieces);
+    } else {
+      lay_out_codes<kOutput, kGiven>(p, first, lane, v, pieces);
+    }
+  }
+  if (kOutput == Output::kPlain || p.sums == nullptr) return;
+  __syncthreads();
+  if constexpr (kOutput == Output::kFloat) {
+    sum_groups(p, pieces);
+  } else {
+    sum_groups(p, reinterpret_cast<const int*>(pieces));
+  }
+}
+
+}  // namespace anyprec::cuda

@@ -1,0 +1,61 @@
+// The shapes of the output tiles that kernels are compiled for: host and device.
+#pragma once
+
+#include <algorithm>
+
+#include "product.h"
+
+namespace anyprec::cuda {
+
+// kNarrow is for few rows of activations, kMedium for some, kWide for many. kWhole is wide too, but
+// applies scales only once, so it has registers for a larger tile and is for a single weight group.
+enum class Tile : int32_t { kNarrow, kMedium, kWide, kWhole };
+
+// A warp computes 32 * units columns by 8 * slices rows; warps_n by warps_m of them are a block.
+struct Shape {
+  int units, slices, warps_n, warps_m;
+
+  constexpr int columns() const { return 32 * units * warps_n; }
+  constexpr int rows() const { return 8 * slices * warps_m; }
+  constexpr int threads() const { return 32 * warps_n * warps_m; }
+};
+
+// Products by planes keep one set of accumulators for each plane of the weights, and those of
+// kWhole fill the registers that 256 threads have.
+constexpr Shape tile_shape(Method method, int weight_bits, Tile tile) {
+  if (method == Method::kPlanes) {
+    if (tile == Tile::kNarrow) return {1, weight_bits <= 4 ? 2 : 1, weight_bits <= 4 ? 4 : 2, 1};
+    if (weight_bits == 1) return {2, 8, 4, 2};
+    if (weight_bits == 2) return {1, 8, 4, 2};
+    if (weight_bits <= 4) return {1, 4, 4, 2};
+    return {1, 1, 2, 4};
+  }
+  switch (tile) {
+    case Tile::kNarrow: return {1, 2, 4, 1};
+    case Tile::kMedium: return {1, 8, 4, 1};
+    case Tile::kWide: return {2, 4, 2, 4};
+    case Tile::kWhole: return {2, 8, 4, 2};
+  }
+  return {};
+}
+
+// Rows of weights in shared memory are a word of each column, and 32 bytes further apart than they
+// are long, so that the four lanes of a quad read from different banks.
+constexpr int weight_row_bytes(Shape s) { return 4 * s.columns() + 32; }
+constexpr int stage_bytes(Method method, int weight_bits, Shape s) {
+  return weight_bits * block_words(method) * weight_row_bytes(s) + kBlockBytes * s.rows();
+}
+
+// What a block may use of the shared memory of every chip from compute capability 8.0 on.
+constexpr int kSharedBytes = 99 * 1024;
+constexpr int kMaxStages = 4;
+
+constexpr int stage_count(Method method, int weight_bits, Shape s) {
+  int fit = kSharedBytes / stage_bytes(method, weight_bits, s);
+  return fit < kMaxStages ? fit : kMaxStages;
+}
+constexpr int shared_bytes(Method method, int weight_bits, Shape s) {
+  return stage_count(method, weight_bits, s) * stage_bytes(method, weight_bits, s);
+}
+
+}  // namespace anyprec::cuda
