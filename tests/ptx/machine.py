@@ -8,6 +8,7 @@ position run together (`flow` says why).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +63,7 @@ class Machine:
         self.warps = -(-self.threads // 32)
         self.lanes = count * self.warps * 32
         self.r = registers
+        self.written: defaultdict[int, np.ndarray | np.bool_] = defaultdict(np.bool_)
         self.clocks = Clocks(count, self.warps)
         self.shared = Shared(count, self.warps, launch.shared_size, launch.grain)
         self.local = Local(self.lanes, launch.local_size)
@@ -310,10 +312,6 @@ class Machine:
         if np.ndim(gone):
             return self.split(gone, DONE, here) if np.any(gone) else here
         return self.finish() if gone else here
-
-    def members(self, slot: int) -> np.ndarray:
-        """A register as the lanes that take part in a warp-wide instruction."""
-        return self.whole(slot)
 
     def finish(self) -> None:
         """The active lanes exit."""

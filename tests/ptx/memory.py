@@ -13,8 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from .faults import AsyncHazard, Fault, GlobalRace, Misaligned, OutOfBounds, SharedHazard
-from .faults import Uninitialised
+from .faults import (
+    AsyncHazard,
+    Fault,
+    GlobalRace,
+    Misaligned,
+    OutOfBounds,
+    SharedHazard,
+    Uninitialised,
+)
 from .parse import RAW
 
 Fail = Callable[[type[Fault], int, str], Fault]
@@ -216,7 +223,7 @@ class Memory:
 
     def _near(self, start: int) -> str:
         """How far a bad offset is past the last allocation before it."""
-        if not 0 <= start:
+        if not start >= 0:
             return ""
         used = np.flatnonzero(self._state[: int(start) + 1])
         return f", {int(start) - int(used[-1]) - 1} bytes past an allocation" if used.size else ""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import access, convert, floats, flow, integers, warps
+from . import access, assigned, convert, floats, flow, integers, warps
 from .faults import Trap, Unsupported
 from .machine import Control, Machine, Program, Step
 from .parse import (
@@ -51,6 +51,7 @@ class Translator:
         ] = {}  # module variables: slot, name, offset, type
         self._constants: dict[tuple[Any, int], int] = {}
         self._before: list[Step] = []
+        self._watched: frozenset[int] = frozenset()
 
     # --- operands ---
 
@@ -106,6 +107,7 @@ class Translator:
         """All steps, blocks in the order of `flow`, labels resolved."""
         ranges, following = flow.blocks(self.body)
         sequence = flow.order(following)
+        self._watched = assigned.watched(self.body, ranges, following)
         steps: list[Any] = []
         origin: list[Instruction | None] = []
         positions: dict[int, int] = {}
@@ -120,18 +122,15 @@ class Translator:
             positions[start] = len(steps)
             for index in range(start, end):
                 instruction = self.body.instructions[index]
-                if flow.is_branch(instruction):
-                    targets = flow.destinations(self.body, instruction)
-                    jumps.append((len(steps), instruction, targets))
-                    emit(None, instruction)
-                    continue
-                try:
-                    step = self.step(instruction)
-                except Unsupported as error:
-                    raise Unsupported(f"{self.name}: {instruction.text}: {error}") from error
+                self._watch_guard(instruction)
+                step = None if flow.is_branch(instruction) else self._step(instruction)
                 for before in self._before:
                     emit(before, instruction)
                 self._before.clear()
+                if step is None:
+                    jumps.append(
+                        (len(steps), instruction, flow.destinations(self.body, instruction))
+                    )
                 emit(step, instruction)
             last = self.body.instructions[end - 1]
             follows = sequence[i + 1] if i + 1 < len(sequence) else None
@@ -163,8 +162,14 @@ class Translator:
 
         return Jump(branch)
 
-    def step(self, instruction: Instruction) -> Step | Jump:
+    def _step(self, instruction: Instruction) -> Step | Jump:
         """The step of anything but a branch."""
+        try:
+            return self._control(instruction) or self._guarded(instruction)
+        except Unsupported as error:
+            raise Unsupported(f"{self.name}: {instruction.text}: {error}") from error
+
+    def _control(self, instruction: Instruction) -> Jump | None:
         name = instruction.op[0]
         if name in ("ret", "exit"):
             return self._exit(instruction)
@@ -172,12 +177,20 @@ class Translator:
             if instruction.guard:
                 raise Unsupported("guarded barrier")
             return Jump(warps.barrier(self, instruction))
-        step = self._plain(instruction)
+        return None
+
+    def _guarded(self, instruction: Instruction) -> Step:
+        step = assigned.watching(self._plain(instruction), instruction, self._watched)
         if instruction.guard is None:
             return step
         guard, negated = instruction.guard
         slot = guard.slot
         return lambda m: m.under(slot, negated, step)
+
+    def _watch_guard(self, instruction: Instruction) -> None:
+        if instruction.guard and instruction.guard[0].slot in self._watched:
+            slot = instruction.guard[0].slot
+            self._before.append(lambda m: assigned.require_written(m, instruction, slot))
 
     def _exit(self, instruction: Instruction) -> Jump:
         if instruction.guard is None:

@@ -37,7 +37,7 @@ def _bar_warp(t: Translator, instruction: Instruction) -> Step:
     members = t.slot(instruction.operands[0], "b32")
 
     def step(m: Machine) -> None:
-        m.require_warps(instruction, m.members(members))
+        m.require_warps(instruction, m.whole(members))
         count = np.bincount(m.warp[m.index], minlength=m.ctas * m.warps)
         m.clocks.step(np.flatnonzero(count == m.warp_threads))
 
@@ -72,7 +72,7 @@ def _shfl(t: Translator, instruction: Instruction) -> Step:
     first, second = (out.first, out.second) if isinstance(out, Pair) else (out, None)
 
     def step(m: Machine) -> None:
-        m.require_warps(instruction, m.members(members))
+        m.require_warps(instruction, m.whole(members))
         lane = m.thread & 31
         b, c = m.whole(by).astype(np.int64), m.whole(clamp).astype(np.int64)
         source, inside = _source_lane(mode, lane, b, c)
@@ -104,7 +104,7 @@ def _vote(t: Translator, instruction: Instruction) -> Step:
     target = out.slot
 
     def step(m: Machine) -> None:
-        needed = m.members(members)
+        needed = m.whole(members)
         m.require_warps(instruction, needed)
         holds = m.whole(predicate)
         bits = _ballot(m, holds if m.mask is None else holds & m.mask) & needed
@@ -139,7 +139,7 @@ def _redux(t: Translator, instruction: Instruction) -> Step:
     target = out.slot
 
     def step(m: Machine) -> None:
-        needed = m.members(members)
+        needed = m.whole(members)
         m.require_warps(instruction, needed)
         values = m.whole(slot).view(dtype)
         result = np.zeros(m.lanes, dtype)
