@@ -130,8 +130,8 @@ def pack(mods: tuple[str, ...]) -> Function:
         raise Unsupported(f"cvt.{'.'.join(mods)}")
     one, bits = _integer_to_integer(to, source, True), np.uint32(8 * width(to))
 
-    def call(a: Values, b: Values, c: Values = np.uint32(0)) -> Values:
+    def call(a: Values, b: Values, *c: Values) -> Values:
         low = one(a).astype(np.uint32) << bits | one(b).astype(np.uint32)
-        return low if bits == 16 else c << np.uint32(16) | low
+        return c[0] << np.uint32(16) | low if c else low
 
     return call

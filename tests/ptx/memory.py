@@ -28,7 +28,7 @@ Fail = Callable[[type[Fault], int, str], Fault]
 GAP = 512
 BASE = 0x7F00_0000_0000
 RESERVED, WRITTEN = 1, 3
-"""States of a byte; 0 is outside every allocation. All of several are WRITTEN or not at a glance."""
+"""States of a byte; 0 is outside every allocation. WRITTEN has all the bits of RESERVED."""
 
 
 @dataclass(slots=True)

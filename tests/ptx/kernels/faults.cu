@@ -99,6 +99,17 @@ KERNEL(neighbour_bytes) {
   p.y[t] = s[t ^ 1];
 }
 
+KERNEL(matrix_load) {
+  dynamic[t] = p.x[t];
+  if (!kBad) __syncwarp();
+  uint32_t at = __cvta_generic_to_shared(dynamic) + t / 32 * 128 + t % 8 * 16, value;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+               : "=r"(value)
+               : "r"(at)
+               : "memory");
+  p.y[t] = value;
+}
+
 // --- asynchronous copies ---
 
 __device__ void copy(void* to, const void* from) {

@@ -1,0 +1,672 @@
+"""The PTX interpreter: instructions against Python's integers and fractions; planted mistakes."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import struct
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ptx
+import pytest
+
+KERNELS = Path(ptx.__file__).parent / "kernels"
+LANES = 256
+
+
+def require_nvcc() -> None:
+    """Skip without nvcc; in CI fail."""
+    if ptx.find_nvcc() is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("no nvcc")
+        pytest.skip("no nvcc")
+
+
+# --- numbers, independent of NumPy's ---
+
+FORMATS = {"f16": (11, -14, 15), "bf16": (8, -126, 127), "f32": (24, -126, 127)}
+"""Bits of precision, least and greatest exponent of normal numbers."""
+DTYPES: dict[str, Any] = {
+    "u16": np.uint16, "s16": np.int16, "u32": np.uint32, "s32": np.int32, "u64": np.uint64,
+    "s64": np.int64, "f16": np.uint16, "bf16": np.uint16, "f32": np.uint32, "f64": np.uint64,
+    "f16x2": np.uint32, "bf16x2": np.uint32,
+}  # fmt: skip
+
+
+def number(bits: int, kind: str) -> Fraction | float:
+    """The value of a float's bits: a fraction, or an infinity or NaN."""
+    if kind == "f64":
+        value = struct.unpack("<d", struct.pack("<Q", bits))[0]
+        return Fraction(value) if math.isfinite(value) else value
+    precision, low, high = FORMATS[kind]
+    size = precision - 1
+    sign = -1 if bits >> (size + (high + 1).bit_length()) else 1
+    exponent, fraction = bits >> size & (2 * high + 1), bits & ((1 << size) - 1)
+    if exponent == 2 * high + 1:
+        return math.nan if fraction else sign * math.inf
+    if exponent == 0:
+        return sign * Fraction(fraction) * Fraction(2) ** (low - size)
+    return sign * Fraction(fraction + (1 << size)) * Fraction(2) ** (exponent - high - size)
+
+
+def rounded(value: Fraction, kind: str) -> int:
+    """The bits of the nearest float, ties to even; zero is positive."""
+    precision, low, high = FORMATS[kind]
+    size, sign, value = precision - 1, value < 0, abs(value)
+    exponent = low
+    while value >= Fraction(2) ** (exponent + 1):
+        exponent += 1
+    mantissa = round(value / Fraction(2) ** (exponent - size))  # Python rounds ties to even
+    bits = mantissa + ((exponent - low) << size) if mantissa else 0
+    bits = min(bits, (2 * high + 1) << size)
+    return bits | sign << (size + (high + 1).bit_length())
+
+
+def signed(value: int, bits: int) -> int:
+    value %= 1 << bits
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+# --- instructions on one value a lane ---
+
+
+class Case(NamedTuple):
+    """PTX, the types of its result and operands, and the result in Python.
+
+    Integers come and go as Python integers, results taken modulo their width. Floats come as
+    fractions; a result is a fraction, to be rounded, or bits.
+    """
+
+    asm: str
+    types: str
+    expected: Callable[..., Any]
+
+
+def clz(a: int, bits: int = 32) -> int:
+    return bits - a.bit_length()
+
+
+def quotient(a: int, b: int) -> int:
+    return abs(a) // abs(b) * (-1 if (a < 0) != (b < 0) else 1)
+
+
+def field(a: int, start: int, length: int, sign: bool) -> int:
+    """bfe of 32 bits, bit by bit as the ISA says."""
+    start, length = start & 255, length & 255
+    top = min(start + length - 1, 31)
+    filler = sign and length > 0 and a >> top & 1
+    return sum(
+        (a >> (start + i) & 1 if i < length and start + i <= 31 else bool(filler)) << i
+        for i in range(32)
+    )
+
+
+def permuted(a: int, b: int, selector: int) -> int:
+    pool, out = (b << 32 | a).to_bytes(8, "little"), []
+    for i in range(4):
+        pick = selector >> (4 * i) & 15
+        byte = pool[pick & 7]
+        out.append((255 if byte >> 7 else 0) if pick & 8 else byte)
+    return int.from_bytes(bytes(out), "little")
+
+
+def table(value: int, *bits: int) -> int:
+    return sum(
+        (value >> ((bits[0] >> i & 1) * 4 + (bits[1] >> i & 1) * 2 + (bits[2] >> i & 1)) & 1) << i
+        for i in range(32)
+    )
+
+
+def clamped(value: Fraction | float, low: int, high: int) -> int:
+    if isinstance(value, float) and math.isnan(value):
+        return 0
+    return low if value <= low else high if value >= high else int(value)
+
+
+def dot4(a: int, b: int, a_signed: bool) -> int:
+    def byte(x: int, i: int, sign: bool) -> int:
+        return signed(x >> 8 * i, 8) if sign else x >> 8 * i & 255
+
+    return sum(byte(a, i, a_signed) * byte(b, i, True) for i in range(4))
+
+
+INTEGERS = [
+    *(
+        Case(f"{op}.{t} %0, %1, %2;", f"{t} {t} {t}", f)
+        for t in ("u16", "s16", "u32", "s32", "u64", "s64")
+        for op, f in (("add", int.__add__), ("sub", int.__sub__), ("mul.lo", int.__mul__),
+                      ("min", min), ("max", max))
+    ),
+    *(
+        Case(f"mul.hi.{t} %0, %1, %2;", f"{t} {t} {t}", lambda a, b, n=int(t[1:]): a * b >> n)
+        for t in ("u16", "s16", "u32", "s32", "u64", "s64")
+    ),
+    *(
+        Case(f"mul.wide.{s}{n} %0, %1, %2;", f"{s}{2 * n} {s}{n} {s}{n}", int.__mul__)
+        for s in "us" for n in (16, 32)
+    ),
+    Case("mad.lo.s32 %0, %1, %2, %3;", "s32 s32 s32 s32", lambda a, b, c: a * b + c),
+    Case("mad.hi.u32 %0, %1, %2, %3;", "u32 u32 u32 u32", lambda a, b, c: (a * b >> 32) + c),
+    Case("mad.wide.s32 %0, %1, %2, %3;", "s64 s32 s32 s64", lambda a, b, c: a * b + c),
+    *(
+        Case(f"{{ .reg .{t} q; or.b{t[1:]} q, %2, 1; {op}.{t} %0, %1, q; }}", f"{t} {t} {t}",
+             lambda a, b, f=f: f(a, b | 1))
+        for t in ("u32", "s32", "u64", "s64")
+        for op, f in (("div", quotient), ("rem", lambda a, b: a - quotient(a, b) * b))
+    ),
+    Case("abs.s32 %0, %1;", "s32 s32", abs),
+    Case("neg.s64 %0, %1;", "s64 s64", int.__neg__),
+    Case("not.b32 %0, %1;", "u32 u32", int.__invert__),
+    Case("xor.b64 %0, %1, %2;", "u64 u64 u64", int.__xor__),
+    Case("and.b16 %0, %1, %2;", "u16 u16 u16", int.__and__),
+    Case("or.b32 %0, %1, 0x80000001;", "u32 u32", lambda a: a | 0x80000001),
+    *(
+        Case(f"{op}{n} %0, %1, %2;", f"{t}{n} {t}{n} u32", f)
+        for n in (16, 32, 64)
+        for op, t, f in (("shl.b", "u", lambda a, s: a << min(s, 99)),
+                         ("shr.u", "u", lambda a, s: a >> min(s, 99)),
+                         ("shr.s", "s", lambda a, s: a >> min(s, 99)))
+    ),
+    *(
+        Case(f"shf.{way}.{mode}.b32 %0, %1, %2, %3;", "u32 u32 u32 u32",
+             lambda a, b, s, way=way, mode=mode: (
+                 ((b << 32 | a) << (min(s, 32) if mode == "clamp" else s % 32)) >> 32
+                 if way == "l" else (b << 32 | a) >> (min(s, 32) if mode == "clamp" else s % 32)))
+        for way in "lr" for mode in ("wrap", "clamp")
+    ),
+    *(
+        Case(f"lop3.b32 %0, %1, %2, %3, {lut:#x};", "u32 u32 u32 u32",
+             lambda a, b, c, lut=lut: table(lut, a, b, c))
+        for lut in range(0, 256, 5)
+    ),
+    Case("prmt.b32 %0, %1, %2, %3;", "u32 u32 u32 u32", permuted),
+    Case("prmt.b32 %0, %1, %2, 0x5410;", "u32 u32 u32", lambda a, b: permuted(a, b, 0x5410)),
+    Case("prmt.b32 %0, %1, %2, 0x2763;", "u32 u32 u32", lambda a, b: permuted(a, b, 0x2763)),
+    Case("prmt.b32 %0, %1, %2, 0xBA98;", "u32 u32 u32", lambda a, b: permuted(a, b, 0xBA98)),
+    Case("bfe.u32 %0, %1, %2, %3;", "u32 u32 u32 u32", lambda a, s, n: field(a, s, n, False)),
+    Case("bfe.s32 %0, %1, %2, %3;", "u32 u32 u32 u32", lambda a, s, n: field(a, s, n, True)),
+    Case("bfe.u32 %0, %1, 5, 9;", "u32 u32", lambda a: a >> 5 & 511),
+    Case("bfi.b32 %0, %1, %2, %3, %4;", "u32 u32 u32 u32 u32",
+         lambda a, b, s, n: sum(
+             ((a >> (i - (s & 255)) if 0 <= i - (s & 255) < (n & 255) else b >> i) & 1) << i
+             for i in range(32))),
+    Case("popc.b32 %0, %1;", "u32 u32", int.bit_count),
+    Case("popc.b64 %0, %1;", "u32 u64", int.bit_count),
+    Case("clz.b32 %0, %1;", "u32 u32", clz),
+    Case("clz.b64 %0, %1;", "u32 u64", lambda a: clz(a, 64)),
+    Case("brev.b32 %0, %1;", "u32 u32", lambda a: int(f"{a:032b}"[::-1], 2)),
+    Case("brev.b64 %0, %1;", "u64 u64", lambda a: int(f"{a:064b}"[::-1], 2)),
+    Case("bfind.u32 %0, %1;", "u32 u32", lambda a: a.bit_length() - 1),
+    Case("bfind.s32 %0, %1;", "u32 s32", lambda a: (~a if a < 0 else a).bit_length() - 1),
+    Case("bfind.shiftamt.u32 %0, %1;", "u32 u32", lambda a: clz(a) if a else -1),
+    Case("sad.u32 %0, %1, %2, %3;", "u32 u32 u32 u32", lambda a, b, c: abs(a - b) + c),
+    Case("dp4a.u32.s32 %0, %1, %2, %3;", "s32 u32 u32 s32",
+         lambda a, b, c: dot4(a, b, False) + c),
+    Case("dp4a.s32.s32 %0, %1, %2, %3;", "s32 u32 u32 s32", lambda a, b, c: dot4(a, b, True) + c),
+    Case("add.sat.s32 %0, %1, %2;", "s32 s32 s32",
+         lambda a, b: max(-(2**31), min(2**31 - 1, a + b))),
+    *(
+        Case(f"{{ .reg .pred p; setp.{r}.{t} p, %1, %2; selp.u32 %0, 7, 9, p; }}", f"u32 {t} {t}",
+             lambda a, b, f=f: 7 if f(a, b) else 9)
+        for t in ("u16", "s16", "u32", "s32", "u64", "s64")
+        for r, f in (("eq", int.__eq__), ("ne", int.__ne__), ("lt", int.__lt__),
+                     ("le", int.__le__), ("gt", int.__gt__), ("ge", int.__ge__))
+    ),
+    Case("{ .reg .pred p, q, r; setp.lt.u32 p|q, %1, %2; setp.gt.and.u32 r, %1, %3, !p;\n"
+         " selp.u32 %0, 1, 2, r; @q add.u32 %0, %0, 8; }", "u32 u32 u32 u32",
+         lambda a, b, c: (1 if a > c and not a < b else 2) + (0 if a < b else 8)),
+    Case("set.lt.u32.s32 %0, %1, %2;", "u32 s32 s32", lambda a, b: -1 if a < b else 0),
+    Case("{ .reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, l}; }", "u32 u32",
+         lambda a: a >> 16 | a << 16),
+    Case("{ .reg .b32 h; mov.b64 {_, h}, %1; mov.b64 %0, {h, h}; }", "u64 u64",
+         lambda a: (a >> 32) | (a >> 32) << 32),
+    *(
+        Case(f"cvt.{t}.{f} %0, %1;", f"{t} {f}", lambda a: a)
+        for t in ("u16", "s16", "u32", "s32", "u64", "s64")
+        for f in ("u16", "s16", "u32", "s32", "u64", "s64") if t != f
+    ),
+    Case("cvt.s32.s8 %0, %1;", "s32 s32", lambda a: signed(a, 8)),
+    Case("cvt.u32.u8 %0, %1;", "u32 u32", lambda a: a & 255),
+    Case("cvt.sat.s8.s32 %0, %1;", "s32 s32", lambda a: max(-128, min(127, a))),
+    Case("cvt.sat.u8.s32 %0, %1;", "u32 s32", lambda a: max(0, min(255, a))),
+    Case("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;", "u32 s32 s32 u32",
+         lambda a, b, c: (max(-128, min(127, a)) & 255) << 8
+         | max(-128, min(127, b)) & 255 | c << 16),
+]  # fmt: skip
+
+
+def exact(a: Fraction) -> Fraction:
+    return a
+
+
+FLOATS = [
+    *(
+        Case(f"{op}.rn.{t} %0, %1, %2;", f"{t} {t} {t}", f)
+        for t in ("f32", "f16")
+        for op, f in (("add", Fraction.__add__), ("sub", Fraction.__sub__),
+                      ("mul", Fraction.__mul__))
+    ),
+    *(
+        Case(f"fma.rn.{t} %0, %1, %2, %3;", f"{t} {t} {t} {t}", lambda a, b, c: a * b + c)
+        for t in ("f32", "f16", "bf16", "f16x2", "bf16x2")
+    ),
+    Case("mul.f16x2 %0, %1, %2;", "f16x2 f16x2 f16x2", Fraction.__mul__),
+    Case("add.f16x2 %0, %1, %2;", "f16x2 f16x2 f16x2", Fraction.__add__),
+    Case("sub.f16x2 %0, %1, %2;", "f16x2 f16x2 f16x2", Fraction.__sub__),
+    Case("neg.bf16x2 %0, %1;", "bf16x2 bf16x2", Fraction.__neg__),
+    Case("abs.f16x2 %0, %1;", "f16x2 f16x2", abs),
+    Case("div.rn.f32 %0, %1, %2;", "f32 f32 f32", lambda a, b: a / b if b else None),
+    Case("rcp.rn.f32 %0, %1;", "f32 f32", lambda a: 1 / a if a else None),
+    Case("abs.f32 %0, %1;", "f32 f32", abs),
+    Case("neg.f32 %0, %1;", "f32 f32", Fraction.__neg__),
+    Case("min.f32 %0, %1, %2;", "f32 f32 f32", min),
+    Case("max.f32 %0, %1, %2;", "f32 f32 f32", max),
+    Case("max.bf16x2 %0, %1, %2;", "bf16x2 bf16x2 bf16x2", max),
+    Case("copysign.f32 %0, %1, %2;", "f32 f32 f32",
+         lambda a, b: abs(b) if a > 0 else -abs(b) if a else None),
+    Case("cvt.f32.f16 %0, %1;", "f32 f16", exact),
+    Case("cvt.f32.bf16 %0, %1;", "f32 bf16", exact),
+    Case("cvt.rn.f16.f32 %0, %1;", "f16 f32", exact),
+    Case("cvt.rn.bf16.f32 %0, %1;", "bf16 f32", exact),
+    Case("cvt.rn.f32.f64 %0, %1;", "f32 f64", exact),
+    Case("cvt.rn.bf16x2.f32 %0, %1, %2;", "u32 f32 f32",
+         lambda a, b: rounded(a, "bf16") << 16 | rounded(b, "bf16")),
+    Case("cvt.rn.f16x2.f32 %0, %1, %2;", "u32 f32 f32",
+         lambda a, b: rounded(a, "f16") << 16 | rounded(b, "f16")),
+    *(
+        Case(f"cvt.rn.f32.{t} %0, %1;", f"f32 {t}", Fraction)
+        for t in ("u16", "s16", "u32", "s32", "u64", "s64")
+    ),
+    *(
+        Case(f"cvt.{mode}.{t}.f32 %0, %1;", f"{t} f32", lambda a, f=f, t=t: clamped(
+            f(a), -(t[0] == "s") << (int(t[1:]) - 1), (1 << (int(t[1:]) - (t[0] == "s"))) - 1))
+        for t in ("u16", "s32", "u32", "s64", "u64")
+        for mode, f in (("rni", round), ("rzi", math.trunc), ("rmi", math.floor),
+                        ("rpi", math.ceil))
+    ),
+    Case("cvt.rni.f32.f32 %0, %1;", "f32 f32", lambda a: Fraction(round(a))),
+    Case("cvt.rmi.f32.f32 %0, %1;", "f32 f32", lambda a: Fraction(math.floor(a))),
+    Case("{ .reg .f64 d; cvt.f64.f32 d, %1; mul.f64 d, d, d; cvt.rn.f32.f64 %0, d; }", "f32 f32",
+         lambda a: a * a),
+    Case("add.sat.f32 %0, %1, %2;", "f32 f32 f32",
+         lambda a, b: max(Fraction(0), min(Fraction(1), Fraction(a + b)))),
+    *(
+        Case(f"{{ .reg .pred p; setp.{r}.{t} p, %1, %2; selp.u32 %0, 7, 9, p; }}", f"u32 {t} {t}",
+             lambda a, b, f=f: 7 if f(a, b) else 9)
+        for t in ("f32", "f16")
+        for r, f in (("eq", Fraction.__eq__), ("neu", Fraction.__ne__), ("lt", Fraction.__lt__),
+                     ("leu", Fraction.__le__), ("gtu", Fraction.__gt__), ("ge", Fraction.__ge__))
+    ),
+]  # fmt: skip
+CASES = INTEGERS + FLOATS
+CONSTRAINTS = {2: "h", 4: "r", 8: "l"}
+
+
+def constraint(kind: str) -> str:
+    return {"f32": "f", "f64": "d"}.get(kind) or CONSTRAINTS[np.dtype(DTYPES[kind]).itemsize]
+
+
+def c_type(kind: str) -> str:
+    known = {"f32": "float", "f64": "double"}
+    return known.get(kind) or f"uint{8 * np.dtype(DTYPES[kind]).itemsize}_t"
+
+
+def case_kernel(index: int, case: Case) -> str:
+    """A kernel that runs a case's PTX on an element for each thread."""
+    out, *operands = case.types.split()
+    pointers = "".join(f", const {c_type(k)}* x{i}" for i, k in enumerate(operands))
+    values = ", ".join(f'"{constraint(k)}"(x{i}[t])' for i, k in enumerate(operands))
+    asm = case.asm.replace("\n", " ")
+    return (
+        f'extern "C" __global__ void case_{index}({c_type(out)}* y{pointers}) {{\n'
+        f"  int t = blockIdx.x * blockDim.x + threadIdx.x;\n  {c_type(out)} r;\n"
+        f'  asm volatile("{asm}" : "={constraint(out)}"(r) : {values});\n  y[t] = r;\n}}\n'
+    )
+
+
+@pytest.fixture(scope="session")
+def instructions(tmp_path_factory: pytest.TempPathFactory) -> ptx.Module:
+    """Every case and every shape of mma, compiled at once."""
+    require_nvcc()
+    source = tmp_path_factory.mktemp("ptx") / "cases.cu"
+    kernels = [case_kernel(i, case) for i, case in enumerate(CASES)]
+    kernels += [mma_kernel(name, shape) for name, shape in SHAPES.items()]
+    source.write_text("#include <cstdint>\n" + "\n".join(kernels))
+    return ptx.load(ptx.compile(source))
+
+
+@pytest.fixture(scope="session")
+def kernels() -> dict[str, ptx.Module]:
+    """The modules of the CUDA files beside the interpreter."""
+    require_nvcc()
+    return {f.stem: ptx.load(ptx.compile(f)) for f in sorted(KERNELS.glob("*.cu"))}
+
+
+def operand_bits(kind: str, position: int, rng: np.random.Generator) -> np.ndarray:
+    """Random bits, edge values among them; floats are finite and of all magnitudes."""
+    dtype = DTYPES[kind]
+    bits = 8 * np.dtype(dtype).itemsize
+    x = rng.integers(0, 2**bits, LANES, dtype=np.dtype(f"u{bits // 8}"), endpoint=False)
+    if "f" not in kind:
+        x[: LANES // 2] >>= rng.integers(0, bits, LANES // 2).astype(x.dtype)
+        edges = [0, 1, 2, 7, 31, 32, 33, 63, 64, 2 ** (bits - 1) - 1, 2 ** (bits - 1), 2**bits - 1]
+        x[: 4 * len(edges)] = np.roll(np.tile(np.array(edges, x.dtype), 4), 5 * position)
+        return x.view(dtype)
+    if kind == "f64":
+        y = (rng.normal(size=LANES) * 2.0 ** rng.integers(-150, 120, LANES)).view(np.uint64)
+        y[: LANES // 4] = rng.normal(size=LANES // 4).astype(np.float32).astype(np.float64).view(
+            np.uint64
+        ) + np.uint64(2**28)  # ties of float32
+        return y
+    return finite(x, kind, position)
+
+
+def finite(x: np.ndarray, kind: str, position: int) -> np.ndarray:
+    """Bits of floats, NaN and infinities replaced; some near one, some ties, some zero."""
+    base = kind.removesuffix("x2")
+    if kind.endswith("x2"):
+        return finite(x.view(np.uint16), base, position).view(np.uint32)
+    precision, _, high = FORMATS[base]
+    exponent = x.dtype.type((2 * high + 1) << (precision - 1))
+    one = x.dtype.type(high << (precision - 1))
+    x = np.where(x & exponent == exponent, x ^ (exponent & ~(exponent >> 1)), x)
+    near = x & x.dtype.type((1 << (precision + 1)) - 1)
+    x[::2] = near[::2] + one - x.dtype.type(1 << precision)
+    x[: LANES // 4 : 3] &= ~x.dtype.type((1 << (precision // 2 + 1)) - 1)  # short: ties
+    x[position::37] = 0
+    return x
+
+
+def python_value(bits: Any, kind: str) -> Any:
+    return number(int(bits), kind) if kind[0] in "fb" else int(bits)
+
+
+def result_bits(value: Any, kind: str) -> int:
+    if isinstance(value, Fraction):
+        return rounded(value, kind)
+    return int(value) % 2 ** (8 * np.dtype(DTYPES[kind]).itemsize)
+
+
+def expected_bits(case: Case, operands: list[np.ndarray]) -> list[int | None]:
+    out, *kinds = case.types.split()
+    if out.endswith("x2"):
+        halves = [x.view(np.uint16) for x in operands]
+        single = case._replace(types=case.types.replace("x2", ""))
+        low_high = np.array(expected_bits(single, halves), np.uint16)
+        return low_high.view(np.uint32).tolist()
+    results = []
+    for row in zip(*operands, strict=True):
+        value = case.expected(*[python_value(b, k) for b, k in zip(row, kinds, strict=True)])
+        results.append(None if value is None else result_bits(value, out))
+    return results
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: CASES[i].asm.replace("\n", ""))
+def test_instruction(instructions: ptx.Module, index: int) -> None:
+    case = CASES[index]
+    out, *kinds = case.types.split()
+    rng = np.random.default_rng(index)
+    operands = [operand_bits(k, i, rng) for i, k in enumerate(kinds)]
+    memory = ptx.Memory()
+    y = memory.reserve(LANES * np.dtype(DTYPES[out]).itemsize)
+    params = struct.pack(f"<{1 + len(kinds)}Q", y, *[memory.place(x) for x in operands])
+    instructions.run(
+        f"case_{index}", grid=(2, 1, 1), block=(LANES // 2, 1, 1), params=params, memory=memory
+    )
+    dtype = np.dtype(DTYPES[out])
+    got = memory.read(y, f"u{dtype.itemsize}", LANES).tolist()
+    sign = 1 << (8 * dtype.itemsize - 1)
+    for lane, (mine, wanted) in enumerate(zip(got, expected_bits(case, operands), strict=True)):
+        same = mine == wanted or wanted is None
+        zeros = wanted == 0 and out[0] in "fb" and mine in (0, sign)  # fractions have one zero
+        halves = out.endswith("x2") and zeros_equal(mine, wanted)
+        assert same or zeros or halves, (lane, [x[lane] for x in operands], hex(mine), wanted)
+
+
+def zeros_equal(mine: int, wanted: int | None) -> bool:
+    """Two 16-bit floats each, equal but for the signs of zeros."""
+    assert wanted is not None
+    return all(
+        (mine >> s) & 0xFFFF == (wanted >> s) & 0xFFFF
+        or ((wanted >> s) & 0x7FFF == 0 and (mine >> s) & 0x7FFF == 0)
+        for s in (0, 16)
+    )
+
+
+# --- mma ---
+
+
+class Shape(NamedTuple):
+    """An mma: its PTX name, bits of an element, K, element types, registers of A and of B."""
+
+    op: str
+    bits: int
+    k: int
+    a: str
+    b: str
+    a_registers: int
+    b_registers: int
+
+
+SHAPES = {
+    **{
+        f"b1_{k}_{op}": Shape(f"m16n8k{k}.row.col.s32.b1.b1.s32.{op}.popc", 1, k, "b1", "b1",
+                              k // 64, k // 128)
+        for k in (128, 256) for op in ("and", "xor")
+    },
+    **{
+        f"{a}_{b}_{k}": Shape(f"m16n8k{k}.row.col.s32.{a}.{b}.s32", 8, k, a, b, k // 8, k // 16)
+        for k in (16, 32) for a in ("s8", "u8") for b in ("s8", "u8")
+    },
+    **{
+        f"{t}_{k}": Shape(f"m16n8k{k}.row.col.f32.{t}.{t}.f32", 16, k, t, t, k // 4, k // 8)
+        for k in (8, 16) for t in ("f16", "bf16")
+    },
+}  # fmt: skip
+
+
+def mma_kernel(name: str, shape: Shape) -> str:
+    """Two warps; each lane's registers of A, B and C lie side by side."""
+    na, nb = shape.a_registers, shape.b_registers
+    outs = ", ".join(f"%{i}" for i in range(4))
+    a = ", ".join(f"%{4 + i}" for i in range(na))
+    b = ", ".join(f"%{4 + na + i}" for i in range(nb))
+    reads = ", ".join(
+        [f'"r"(a[t * {na} + {i}])' for i in range(na)]
+        + [f'"r"(b[t * {nb} + {i}])' for i in range(nb)]
+    )
+    cs = ", ".join(f"%{4 + na + nb + i}" for i in range(4))
+    kind = "f" if "f32" in shape.op else "r"
+    value = "float" if kind == "f" else "uint32_t"
+    writes = ", ".join(f'"={kind}"(d[{i}])' for i in range(4))
+    cread = ", ".join(f'"{kind}"(c[t * 4 + {i}])' for i in range(4))
+    return (
+        f'extern "C" __global__ void mma_{name}({value}* y, const uint32_t* a, const uint32_t* b,'
+        f" const {value}* c) {{\n  int t = threadIdx.x;\n  {value} d[4];\n"
+        f'  asm volatile("mma.sync.aligned.{shape.op} {{{outs}}}, {{{a}}}, {{{b}}}, {{{cs}}};"\n'
+        f"    : {writes} : {reads}, {cread});\n"
+        "  for (int i = 0; i < 4; i++) y[t * 4 + i] = d[i];\n}\n"
+    )
+
+
+def place_of(lane: int, register: int, bits: int) -> tuple[int, int]:
+    """Row and first column of a register of A: groupID and threadID_in_group of the PTX ISA."""
+    group, thread = lane >> 2, lane % 4
+    per = 32 // bits
+    return group + 8 * (register % 2), thread * per + 4 * per * (register // 2)
+
+
+def column_of(lane: int, register: int, bits: int) -> tuple[int, int]:
+    """Column of B and first row of a register."""
+    per = 32 // bits
+    return lane >> 2, (lane % 4) * per + 4 * per * register
+
+
+def gathered(
+    matrix: np.ndarray, registers: int, bits: int, place: Callable[..., tuple[int, int]]
+) -> np.ndarray:
+    """Raw elements ``[row, k]`` to ``uint32[32, registers]``, an element at a time."""
+    out = np.zeros((32, registers), np.uint64)
+    for lane in range(32):
+        for register in range(registers):
+            row, start = place(lane, register, bits)
+            for i in range(32 // bits):
+                out[lane, register] |= np.uint64(int(matrix[row, start + i]) << (bits * i))
+    return out.astype(np.uint32)
+
+
+def element_values(raw: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "s8":
+        return raw.astype(np.uint8).view(np.int8).astype(object)
+    if kind in ("b1", "u8"):
+        return raw.astype(object)
+    return np.vectorize(lambda bits: number(int(bits), kind), otypes=[object])(raw)
+
+
+def random_elements(rng: np.random.Generator, kind: str, shape: tuple[int, int]) -> np.ndarray:
+    if kind in ("f16", "bf16"):  # small multiples of 1/4: sums are exact
+        values = rng.integers(-32, 33, shape)
+        return np.vectorize(lambda v: rounded(Fraction(int(v), 4), kind))(values)
+    return rng.integers(0, 2 if kind == "b1" else 256, shape)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_mma(instructions: ptx.Module, name: str) -> None:
+    shape, rng = SHAPES[name], np.random.default_rng(len(name))
+    a_all, b_all, c_all, wanted = [], [], [], []
+    for warp in range(2):
+        a = random_elements(rng, shape.a, (16, shape.k))
+        b = random_elements(rng, shape.b, (8, shape.k))
+        if warp and "f" not in shape.a:
+            a[:], b[:] = (1, 1) if shape.bits == 1 else (128, 255)
+        c = (
+            rng.integers(-(2**31), 2**31, (16, 8))
+            if shape.bits < 16
+            else rng.integers(-9, 9, (16, 8))
+        )
+        x, y = element_values(a, shape.a), element_values(b, shape.b)
+        product = x @ y.T
+        if "xor" in shape.op:
+            product = (a[:, None] != b[None]).sum(2)
+        wanted.append((product + c).astype(np.float64 if shape.bits == 16 else np.int64))
+        a_all.append(gathered(a, shape.a_registers, shape.bits, place_of))
+        b_all.append(gathered(b, shape.b_registers, shape.bits, column_of))
+        lanes, i = np.arange(32)[:, None], np.arange(4)
+        rows, columns = lanes // 4 + 8 * (i // 2), lanes % 4 * 2 + i % 2
+        c_all.append(c[rows, columns])
+        wanted[-1] = wanted[-1][rows, columns]
+    dtype = np.float32 if shape.bits == 16 else np.int32
+    memory = ptx.Memory()
+    y = memory.reserve(64 * 16)
+    inputs = [np.stack(a_all), np.stack(b_all), np.stack(c_all).astype(dtype)]
+    params = struct.pack("<4Q", y, *[memory.place(v) for v in inputs])
+    instructions.run(f"mma_{name}", grid=(1, 1, 1), block=(64, 1, 1), params=params, memory=memory)
+    got = memory.read(y, dtype, (2, 32, 4))
+    np.testing.assert_array_equal(got, np.stack(wanted).astype(dtype))
+
+
+# --- whole kernels ---
+
+
+def run_gemm(module: ptx.Module, m: int, n: int, k: int, split: int) -> None:
+    rng = np.random.default_rng(m + n + k)
+    a = rng.integers(-128, 128, (m, k), dtype=np.int8)
+    b = rng.integers(-128, 128, (n, k), dtype=np.int8)
+    memory = ptx.Memory()
+    c = memory.place(np.zeros((m, n), np.int32))
+    params = struct.pack("<3Q3i4x", memory.place(a), memory.place(b), c, m, n, k)
+    module.run(
+        "gemm", grid=(-(-n // 64), -(-m // 64), split), block=(128, 1, 1), params=params,
+        shared=3 * 8192, memory=memory,
+    )  # fmt: skip
+    wanted = a.astype(np.int32) @ b.astype(np.int32).T
+    np.testing.assert_array_equal(memory.read(c, np.int32, (m, n)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "split"),
+    [(64, 64, 64, 1), (128, 64, 512, 1), (1, 1, 16, 1), (70, 50, 208, 3), (200, 130, 1040, 2)],
+)
+def test_gemm(kernels: dict[str, ptx.Module], m: int, n: int, k: int, split: int) -> None:
+    run_gemm(kernels["gemm"], m, n, k, split)
+
+
+def test_speed(kernels: dict[str, ptx.Module]) -> None:
+    run_gemm(kernels["gemm"], 64, 64, 64, 1)
+    start = time.process_time()
+    run_gemm(kernels["gemm"], 128, 64, 512, 1)
+    assert time.process_time() - start < 1
+
+
+BUGS = {
+    "read_after_write": ptx.SharedHazard,
+    "write_after_read": ptx.SharedHazard,
+    "write_after_write": ptx.SharedHazard,
+    "same_instruction": ptx.SharedHazard,
+    "within_a_warp": ptx.SharedHazard,
+    "shuffle_is_no_barrier": ptx.SharedHazard,
+    "warp_barrier_between_warps": ptx.SharedHazard,
+    "named_barriers": ptx.SharedHazard,
+    "neighbour_bytes": ptx.SharedHazard,
+    "matrix_load": ptx.SharedHazard,
+    "copy_without_wait": ptx.AsyncHazard,
+    "copy_waits_for_too_little": ptx.AsyncHazard,
+    "copy_without_commit": ptx.AsyncHazard,
+    "copy_without_barrier": ptx.SharedHazard,
+    "stage_overwritten": ptx.SharedHazard,
+    "read_out_of_bounds": ptx.OutOfBounds,
+    "write_out_of_bounds": ptx.OutOfBounds,
+    "shared_out_of_bounds": ptx.OutOfBounds,
+    "misaligned": ptx.Misaligned,
+    "copy_misaligned": ptx.Misaligned,
+    "uninitialised_global": ptx.Uninitialised,
+    "uninitialised_shared": ptx.Uninitialised,
+    "uninitialised_local": ptx.Uninitialised,
+    "uninitialised_register": ptx.Uninitialised,
+    "divergent_mma": ptx.Divergence,
+    "divergent_shuffle": ptx.Divergence,
+    "divergent_barrier": ptx.Divergence,
+    "barrier_after_exit": ptx.Deadlock,
+    "different_barriers": ptx.Deadlock,
+    "endless": ptx.StepLimit,
+    "trap": ptx.Trap,
+    "two_ctas": ptx.GlobalRace,
+    "two_threads": ptx.GlobalRace,
+    "rewritten": ptx.GlobalRace,
+}
+
+
+def run_bug(module: ptx.Module, entry: str, ctas: int = 1) -> None:
+    memory = ptx.Memory()
+    x, y = memory.place(np.arange(256, dtype=np.uint32)), memory.reserve(1024)
+    module.run(
+        entry, grid=(ctas, 1, 1), block=(256, 1, 1), params=struct.pack("<QQi4x", x, y, 256),
+        shared=1024, memory=memory, step_limit=20000,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_mistake_is_found(kernels: dict[str, ptx.Module], name: str) -> None:
+    ctas = 2 if name == "two_ctas" else 1
+    run_bug(kernels["faults"], f"{name}_good", ctas)
+    with pytest.raises(
+        BUGS[name], match=rf"{name}_bad: .*: CTA \(\d, 0, 0\), thread \d+"
+    ) as caught:
+        run_bug(kernels["faults"], f"{name}_bad", ctas)
+    assert type(caught.value) is BUGS[name]
+
+
+def test_every_planted_mistake_is_listed(kernels: dict[str, ptx.Module]) -> None:
+    names = {re.sub(r"_(good|bad)$", "", e) for e in kernels["faults"].entries}
+    assert names == set(BUGS)
+
+
+def test_ctas_of_different_batches_race(kernels: dict[str, ptx.Module]) -> None:
+    with pytest.raises(ptx.GlobalRace, match=r"CTA \(\d+, 0, 0\)"):
+        run_bug(kernels["faults"], "two_ctas_bad", 20)
