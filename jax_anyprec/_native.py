@@ -14,16 +14,27 @@ import jax
 
 ISA_VARIABLE = "JAX_ANYPREC_ISA"
 
+MIN_CUDA_ARCH = 80
+"""The oldest compute capability, times ten, that the CUDA kernels run on."""
+
 CUSTOM_CALLS = (
     "jax_anyprec_cpu_quantize",
     "jax_anyprec_cpu_int_matmul",
     "jax_anyprec_cpu_matmul",
+    "jax_anyprec_cuda_quantize",
+    "jax_anyprec_cuda_int_matmul",
+    "jax_anyprec_cuda_matmul",
 )
 """Names of the native kernels in compiled programs. `jax.export` must be told to allow them."""
 
 
 class Unavailable(RuntimeError):
     """An implementation was asked for by name and can't run; the message says why."""
+
+
+def unavailable(asked: str | None, why: str) -> Unavailable:
+    """The error for an implementation that was asked for by name, or None: for the best one."""
+    return Unavailable(why if asked is None else f"implementation={asked!r} is unavailable: {why}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +44,10 @@ class Backend:
     module: Any
     reason: str | None
 
-    def require(self, name: str) -> Any:
+    def require(self, asked: str | None) -> Any:
         """The extension, or `Unavailable` with the reason."""
         if self.module is None:
-            raise Unavailable(f"implementation={name!r} is unavailable: {self.reason}")
+            raise unavailable(asked, str(self.reason))
         return self.module
 
 
@@ -46,33 +57,66 @@ def cpu() -> Backend:
     return _load("jax_anyprec._cpu", "cpu")
 
 
+@functools.cache
+def cuda() -> Backend:
+    """The CUDA extension, registered with XLA on first use. It needs no driver and no device."""
+    if importlib.util.find_spec("jax_anyprec._cuda") is None:
+        return Backend(
+            None, "jax_anyprec was built without CUDA kernels; docs/gpu.md says how to build them"
+        )
+    return _load("jax_anyprec._cuda", "CUDA")
+
+
 def register_custom_calls() -> None:
     """Make the native kernels known to XLA, in a process that runs what another one exported.
 
     Whatever uses an operation of this package does so by itself; a deserialized function does not.
+    The CUDA kernels are registered where they were built; `status` says whether they are there.
 
     Raises:
-      Unavailable: there is no extension that fits the running jaxlib; the message says why.
+      Unavailable: there is no CPU extension that fits the running jaxlib; the message says why.
     """
+    cuda()
     backend = cpu()
     if backend.module is None:
         raise Unavailable(f"the CPU kernels can't be registered: {backend.reason}")
 
 
 def status() -> dict[str, dict[str, Any]]:
-    """Whether each backend is available, why not, and the instruction sets of the CPU's.
+    """Whether each backend is available, why not, and what its kernels and devices are.
 
-    Loads the extensions; initialises no device.
+    Loads the extensions, and asks CUDA's driver for its devices; initialises no device of JAX.
     """
-    backend = cpu()
+    return {
+        "xla": {"available": True, "reason": None},
+        "cpu": _cpu_status(cpu()),
+        "cuda": _cuda_status(cuda()),
+    }
+
+
+def _cpu_status(backend: Backend) -> dict[str, Any]:
     entry: dict[str, Any] = {"available": backend.module is not None, "reason": backend.reason}
     if backend.module is not None:
         entry["isa"] = backend.module.isa()
         entry["isa_available"] = list(backend.module.available_isas())
+    return entry
+
+
+def _cuda_status(backend: Backend) -> dict[str, Any]:
+    if backend.module is None:
+        return {"available": False, "reason": backend.reason}
+    devices = backend.module.devices()
+    reason = None
+    if not devices:
+        reason = f"CUDA has no device: {backend.module.device_error()}"
+    elif all(device["arch"] < MIN_CUDA_ARCH for device in devices):
+        names = ", ".join(f"{device['name']} has {device['arch'] / 10}" for device in devices)
+        reason = f"kernels need compute capability {MIN_CUDA_ARCH / 10} or newer; {names}"
     return {
-        "xla": {"available": True, "reason": None},
-        "cpu": entry,
-        "cuda": {"available": False, "reason": "this version has no CUDA backend"},
+        "available": reason is None,
+        "reason": reason,
+        "architectures": list(backend.module.architectures()),
+        "devices": devices,
     }
 
 

@@ -1,10 +1,15 @@
-"""Which implementation runs: a pure function of bits and hardware, with its reason."""
+"""Which implementation runs: a pure function of bits and hardware, with its reason.
+
+That of the CUDA kernels, which needs their tiles, is in `csrc/cuda/plan.h`.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-IMPLEMENTATIONS = ("xla", "cpu", "cpu_planes", "cpu_codes", "cuda")
+IMPLEMENTATIONS = (
+    "xla", "cpu", "cpu_planes", "cpu_codes", "cuda", "cuda_planes", "cuda_codes"
+)  # fmt: skip
 
 MAX_PLANE_PRODUCTS = {"avx512": 4, "avxvnni": 1, "avx2": 3, "neon": 1, "portable": 15}
 """Products by planes cost act_bits * weight_bits; above these, 8-bit products are cheaper.
@@ -14,6 +19,11 @@ docs/cpu.md has the table."""
 
 MANY_ROWS = 8
 """From so many rows on it pays to make planes of the fields of wider weights."""
+
+
+def platform_of(implementation: str) -> str:
+    """The platform, as JAX names it, that an implementation is for; "xla" is for all."""
+    return implementation.partition("_")[0]
 
 
 class Choice(NamedTuple):

@@ -1,4 +1,4 @@
-"""What one device runs: each operation as a primitive with a native and a plain XLA lowering.
+"""What one device runs: each operation as a primitive with native and plain XLA lowerings.
 
 Operands are complete here: what is absent (offsets, bias, signs, peaks) is an array without
 elements. `partition` calls these on whole operands, or on a device's part of them; derivatives and
@@ -7,7 +7,6 @@ batching are of the primitives above, in `primitive`.
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -17,18 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _native, choose, reference
-from . import format as fmt
+from . import _native, choose, local_cpu, local_cuda, reference
 from ._compat import Primitive, ShapedArray, mlir
-from .rotation import hadamard
+from .operands import in_planes, output_columns, rotate
 from .tensor import group_count
-
-Params = dict[str, Any]
-
-
-def absent(dtype: Any = np.float32) -> jax.Array:
-    """In the place of an operand that there is not."""
-    return jnp.zeros(0, dtype)
 
 
 def quantize_activations(
@@ -60,30 +51,6 @@ def matmul(
     magnitudes to choose a token's one activation scale by, in the place of its own.
     """
     return matmul_p.bind(x, planes, scales, offsets, bias, signs, peaks, **params)
-
-
-def rotate(x: jax.Array, signs: jax.Array, block: int) -> jax.Array:
-    """``float32[..., K]``: `x` with signs flipped and its blocks transformed, if there are any."""
-    x = x.astype(jnp.float32)
-    if block == 0:
-        return x
-    bits = (signs[:, None] >> np.arange(fmt.WORD_BITS, dtype=np.uint32)) & np.uint32(1)
-    return hadamard(x * (1 - 2 * bits.astype(jnp.float32)).reshape(-1)[: x.shape[-1]], block)
-
-
-def in_planes(planes: Any, scales: Any, offsets: Any, columns: int | None) -> tuple[Any, Any, Any]:
-    """Planes, scales and offsets (or None) of a tensor that may be prepared."""
-    if columns is None:
-        return planes, scales, offsets
-    scales, offsets = (
-        None if x is None else fmt.untile_groups(x, columns) for x in (scales, offsets)
-    )
-    return fmt.untile_planes(planes, columns), scales, offsets
-
-
-def output_columns(planes: Any, columns: int | None) -> int:
-    """N, the columns of the result."""
-    return planes.shape[1] if columns is None else columns
 
 
 # --- definitions in plain XLA ---
@@ -128,60 +95,6 @@ def _matmul_xla(
     )
 
 
-# --- native definitions: one XLA custom call each ---
-
-
-def _quantize_cpu(x: jax.Array, signs: jax.Array, **p: Any) -> tuple[jax.Array, jax.Array]:
-    m, k = x.shape
-    results = (
-        jax.ShapeDtypeStruct((m, k), jnp.uint8),
-        jax.ShapeDtypeStruct((m, group_count(k, p["group_size"])), jnp.float32),
-    )
-    call = jax.ffi.ffi_call("jax_anyprec_cpu_quantize", results)
-    codes, scales = call(x, signs, act_bits=p["bits"], block=p["block"])
-    return codes, scales
-
-
-def _int_matmul_cpu(codes: jax.Array, planes: jax.Array, **p: Any) -> jax.Array:
-    act_bits, group_size = p["act_bits"], p["group_size"]
-    method = _method(p, codes, planes)
-    m, k = codes.shape
-    row = _native.cpu().module.workspace_row_bytes(k, group_size, group_size, act_bits, method)
-    n, groups = output_columns(planes, p["columns"]), group_count(k, group_size)
-    results = (
-        jax.ShapeDtypeStruct((m, n, groups), jnp.int32),
-        jax.ShapeDtypeStruct((m, row), jnp.uint8),
-    )
-    call = jax.ffi.ffi_call("jax_anyprec_cpu_int_matmul", results)
-    return call(codes, planes, act_bits=act_bits, group_size=group_size, method=method)[0]
-
-
-def _matmul_cpu(x: jax.Array, planes: jax.Array, *rest: jax.Array, **p: Any) -> jax.Array:
-    m, k = x.shape
-    act_bits = p["act_bits"] or 0
-    method = _method(p, x, planes)
-    row = _native.cpu().module.workspace_row_bytes(
-        k, p["group_size"], p["act_group_size"], act_bits, method
-    )
-    results = (
-        jax.ShapeDtypeStruct((m, output_columns(planes, p["columns"])), p["out_dtype"]),
-        jax.ShapeDtypeStruct((m, row), jnp.uint8),  # scratch for the quantized activations
-    )
-    call = jax.ffi.ffi_call("jax_anyprec_cpu_matmul", results)
-    return call(
-        x, planes, *rest,
-        act_bits=act_bits, group_size=p["group_size"], act_group_size=p["act_group_size"],
-        block=p["block"], method=method,
-    )[0]  # fmt: skip
-
-
-def _method(p: Params, x: jax.Array, planes: jax.Array) -> str:
-    isa = _native.cpu().module.isa()
-    rows = x.shape[0] if isinstance(x.shape[0], int) else None  # a symbolic size is not
-    bits = planes.shape[0 if p["columns"] is None else 2]
-    return choose.cpu_method(p["act_bits"], bits, rows, isa, p["implementation"] or "").method
-
-
 # --- abstract evaluation ---
 
 
@@ -217,50 +130,78 @@ def _over_rows(run: Callable[..., Any]) -> Callable[..., Any]:
     return flat
 
 
-def _on_cpu(run_cpu: Callable[..., Any], run_xla: Callable[..., Any]) -> Callable[..., Any]:
+def _native_or_xla(
+    platform: str, run_native: Callable[..., Any], run_xla: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The native definition where it can run, plain XLA where that is asked for or nothing was."""
+
     def run(*operands: Any, **p: Any) -> Any:
-        implementation, backend = p["implementation"], _native.cpu()
-        if implementation is None and backend.module is None:
-            warnings.warn(
-                f"jax_anyprec runs in plain XLA, which is slow: {backend.reason}", stacklevel=2
-            )
-        if implementation == "xla" or (implementation is None and backend.module is None):
+        asked = p["implementation"]
+        if asked == "xla":
             return run_xla(*operands, **p)
-        return run_cpu(*operands, **p)
+        _check_platform(asked, platform)
+        try:
+            return run_native(*operands, **p)
+        except _native.Unavailable as why:
+            if asked is not None:
+                raise
+            warnings.warn(f"jax_anyprec runs in plain XLA, which is slow: {why}", stacklevel=2)
+            return run_xla(*operands, **p)
 
     return run
 
 
 def _elsewhere(run_xla: Callable[..., Any]) -> Callable[..., Any]:
     def run(*operands: Any, **p: Any) -> Any:
-        if p["implementation"] not in (None, "xla"):
-            raise _native.Unavailable(
-                f"implementation={p['implementation']!r} runs on CPU devices only"
-            )
+        _check_platform(p["implementation"], "xla")
         return run_xla(*operands, **p)
 
     return run
 
 
+def _check_platform(asked: str | None, platform: str) -> None:
+    """`Unavailable` if an implementation was asked for that is another platform's."""
+    if asked is not None and choose.platform_of(asked) not in (platform, "xla"):
+        raise _native.Unavailable(
+            f"implementation={asked!r} runs on {choose.platform_of(asked).upper()} devices only"
+        )
+
+
 def _define(
     name: str,
     abstract: Callable[..., Any],
-    run_cpu: Callable[..., Any],
     run_xla: Callable[..., Any],
+    run_cpu: Callable[..., Any],
+    run_cuda: Callable[..., Any],
     multiple_results: bool = False,
 ) -> Primitive:
     primitive = Primitive(f"jax_anyprec_local_{name}")
     primitive.multiple_results = multiple_results
     primitive.def_abstract_eval(abstract)
-    lower = functools.partial(mlir.lower_fun, multiple_results=multiple_results)
-    on_cpu = _over_rows(_on_cpu(run_cpu, run_xla))
-    mlir.register_lowering(primitive, lower(on_cpu), platform="cpu")
-    mlir.register_lowering(primitive, lower(_over_rows(_elsewhere(run_xla))))
+
+    def lower(run: Callable[..., Any], platform: str | None = None) -> None:
+        rule = mlir.lower_fun(_over_rows(run), multiple_results=multiple_results)
+        mlir.register_lowering(primitive, rule, platform=platform)
+
+    lower(_elsewhere(run_xla))
+    lower(_native_or_xla("cpu", run_cpu, run_xla), "cpu")
+    lower(_native_or_xla("cuda", run_cuda, run_xla), "cuda")
     return primitive
 
 
 quantize_activations_p = _define(
-    "quantize", _quantize_abstract, _quantize_cpu, _quantize_xla, multiple_results=True
+    "quantize",
+    _quantize_abstract,
+    _quantize_xla,
+    local_cpu.quantize_activations,
+    local_cuda.quantize_activations,
+    multiple_results=True,
 )
-int_matmul_p = _define("int_matmul", _int_matmul_abstract, _int_matmul_cpu, _int_matmul_xla)
-matmul_p = _define("matmul", _matmul_abstract, _matmul_cpu, _matmul_xla)
+int_matmul_p = _define(
+    "int_matmul",
+    _int_matmul_abstract,
+    _int_matmul_xla,
+    local_cpu.int_matmul,
+    local_cuda.int_matmul,
+)
+matmul_p = _define("matmul", _matmul_abstract, _matmul_xla, local_cpu.matmul, local_cuda.matmul)

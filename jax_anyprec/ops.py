@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from . import _native, primitive, reference
 from . import format as fmt
-from .choose import IMPLEMENTATIONS
+from .choose import IMPLEMENTATIONS, platform_of
 from .quantize import check_floats
 from .rotation import Rotation, check_rotation
 from .tensor import SCALE_DTYPES, QuantizedTensor, check_group_size, check_tensor
@@ -36,14 +36,16 @@ def matmul(
       w: `QuantizedTensor` of shape ``(K, N)``; for stacked tensors use `jax.vmap`.
       bias: ``float[N]`` or None.
       act_bits: 1 to 8; up to 3 bits activations are rounded to the odd integers of the format, from
-        4 bits on to even ones, so that zeros stay zeros. None for float activations, of which the
-        CPU kernels take 24 bits below the largest magnitude of a token or group, so that sums have
-        the accuracy of float32.
+        4 bits on to even ones, so that zeros stay zeros. None for float activations, so that sums
+        have the accuracy of float32: the CPU kernels take 24 bits below the largest magnitude of a
+        token or group, the CUDA kernels all 24 bits of each value, as bfloat16 parts (of float16
+        two, of bfloat16 the value itself) that tensor cores multiply and sum in float32.
       act_scales: "group" gives each token one activation scale for each weight group, "token" one
         for all of K (faster; accurate only for rotated or well-behaved activations).
       out_dtype: float32, bfloat16 or float16; that of `x` by default. Sums are kept in float32.
-      implementation: None for the best available; "xla", "cpu", or a kernel family of the CPU
-        backend, "cpu_planes" or "cpu_codes". All give the same integers.
+      implementation: None for the best available on the device; "xla", "cpu", "cuda", or a kernel
+        family of one of them, "cpu_planes", "cpu_codes", "cuda_planes" or "cuda_codes". All give
+        the same integers. With None, what has no kernel runs in plain XLA, with a warning.
 
     Returns:
       ``[..., N]`` in `out_dtype`.
@@ -101,7 +103,7 @@ def quantize_activations(
       bits: 1 to 8.
       group_size: values along K that share a scale, or None for one scale for each token.
       rotation: applied first, or None.
-      implementation: None, "xla" or "cpu".
+      implementation: None, "xla", "cpu" or "cuda".
 
     Returns:
       codes ``uint8[..., K]`` and scales ``float32[..., groups]``, the largest magnitude over the
@@ -168,11 +170,12 @@ def check_implementation(implementation: Any, act_bits: int | None) -> str | Non
         raise ValueError(
             f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}"
         )
-    if implementation == "cuda":
-        raise _native.Unavailable(f"implementation='cuda': {_native.status()['cuda']['reason']}")
-    if implementation in ("cpu_planes", "cpu_codes") and act_bits is None:
-        raise ValueError(f"implementation={implementation!r} needs act_bits; use 'cpu' for floats")
-    _native.cpu().require(implementation)
+    platform = platform_of(implementation)
+    if implementation != platform and act_bits is None:
+        raise ValueError(
+            f"implementation={implementation!r} needs act_bits; use {platform!r} for floats"
+        )
+    (_native.cuda() if platform == "cuda" else _native.cpu()).require(implementation)
     return implementation
 
 

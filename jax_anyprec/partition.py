@@ -25,6 +25,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from . import format as fmt
 from . import local
+from .operands import absent, rotate
 from .tensor import group_count
 
 Params = dict[str, Any]
@@ -258,7 +259,7 @@ def quantize_activations(x: jax.Array, signs: jax.Array, **p: Any) -> tuple[jax.
     optional = _present(signs=signs)
 
     def run(x: jax.Array, *given: jax.Array) -> tuple[jax.Array, jax.Array]:
-        signs = given[0] if given else local.absent(np.uint32)
+        signs = given[0] if given else absent(np.uint32)
         return local.quantize_activations(x, signs, **p)
 
     return split(quantize_rule(x, optional, p), run, lambda _: run)(x, *optional.values())
@@ -289,22 +290,22 @@ def matmul(
 ) -> jax.Array:
     """`local.matmul` over devices."""
     if 0 in (*x.shape, *planes.shape):
-        return local.matmul(x, planes, scales, offsets, bias, signs, local.absent(), **p)
+        return local.matmul(x, planes, scales, offsets, bias, signs, absent(), **p)
     k = x.shape[-1]
     optional = _present(offsets=offsets, bias=bias, signs=signs)
 
     def run(names: Any, x: jax.Array, planes: jax.Array, scales: jax.Array, *rest: Any) -> Any:
         given = dict(zip(optional, rest, strict=True))
-        offsets, bias = (given.get(name, local.absent()) for name in ("offsets", "bias"))
-        signs, peaks = given.get("signs", local.absent(np.uint32)), local.absent()
+        offsets, bias = (given.get(name, absent()) for name in ("offsets", "bias"))
+        signs, peaks = given.get("signs", absent(np.uint32)), absent()
         q = _on_part(p, k, x, planes)
         if not names:
             return local.matmul(x, planes, scales, offsets, bias, signs, peaks, **q)
         if p["act_bits"] is not None and p["act_group_size"] == k:
-            x, signs, q["block"] = local.rotate(x, signs, p["block"]), local.absent(np.uint32), 0
+            x, signs, q["block"] = rotate(x, signs, p["block"]), absent(np.uint32), 0
             peaks = _largest(x, names)
         q["out_dtype"] = np.dtype(np.float32)
-        y = local.matmul(x, planes, scales, offsets, local.absent(), signs, peaks, **q)
+        y = local.matmul(x, planes, scales, offsets, absent(), signs, peaks, **q)
         y = jax.lax.psum(y, names)
         if bias.size:
             y = y + bias.astype(jnp.float32)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import _native
+from . import _native, local_cuda
 from ._compat import Tracer
 from .choose import cpu_method
 from .einsum import over_stack, pack
@@ -231,7 +231,7 @@ def _planned(layer: Layer, decision: Decision, errors: bool) -> PlannedLayer:
         packed = layer.packed_nbytes(quantization)
         error = layer.error(quantization) if errors else None
         nbytes += packed - math.prod(layer.shape) * jnp.dtype(layer.dtype).itemsize
-        implementation, reason = _implementation(quantization)
+        implementation, reason = _implementation(layer, quantization)
     return PlannedLayer(
         path=layer.path,
         kind=layer.kind,
@@ -247,18 +247,37 @@ def _planned(layer: Layer, decision: Decision, errors: bool) -> PlannedLayer:
     )
 
 
-def _implementation(quantization: Quantization) -> tuple[str, str]:
+def _implementation(layer: Layer, quantization: Quantization) -> tuple[str, str]:
     """What multiplies on the default device, for any number of rows, and why."""
+    platform = jax.default_backend()
+    platform = "cuda" if platform == "gpu" else platform
+    backend = _native.status().get(platform, {"reason": f"no kernels for {platform}"})
+    if not backend.get("available"):
+        return "xla", backend["reason"]
+    try:
+        method, reason = _method(platform, backend, layer, quantization)
+    except _native.Unavailable as why:
+        return "xla", str(why)
+    return platform if method == "float" else f"{platform}_{method}", reason
+
+
+def _method(
+    platform: str, backend: dict[str, Any], layer: Layer, quantization: Quantization
+) -> tuple[str, str]:
+    """The kernel family, and why; `Unavailable` if there is none."""
+    assert layer.matrix is not None
     assert quantization.weights is not None
-    platform, status = jax.default_backend(), _native.status()
-    if platform != "cpu":
-        return "xla", status["cuda"][
-            "reason"
-        ] if platform == "gpu" else f"no kernels for {platform}"
-    if not status["cpu"]["available"]:
-        return "xla", status["cpu"]["reason"]
-    choice = cpu_method(quantization.activations, quantization.weights, None, status["cpu"]["isa"])
-    return "cpu" if choice.method == "float" else f"cpu_{choice.method}", choice.reason
+    if platform == "cpu":
+        return cpu_method(quantization.activations, quantization.weights, None, backend["isa"])
+    *_, k, n = layer.matrix
+    group_size = quantization.group_size or k
+    chosen = local_cuda.plan(
+        n, k, rows=None, weight_bits=quantization.weights, act_bits=quantization.activations,
+        group_size=group_size,
+        act_group_size=k if quantization.act_scales == "token" else group_size,
+        x_dtype=jnp.float32, rotated=quantization.rotate,
+    )  # fmt: skip
+    return chosen["method"], chosen["reason"]
 
 
 def _check_same(plan: Plan, layers: Sequence[Layer]) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 from jax.sharding import AxisType
 
 from . import format as fmt
-from . import local, partition, reference
+from . import partition, reference
 from ._compat import Primitive, ShapedArray, ad, batching, mlir, needs_devices, varying_axes
+from .operands import absent, in_planes, output_columns
 from .tensor import dequantize_rows, group_count
 
 Params = dict[str, Any]
@@ -74,7 +75,7 @@ def _quantize(x: jax.Array, *, rotation: Any, **p: Any) -> tuple[jax.Array, jax.
 
 
 def _matmul(*operands: jax.Array, rotation: Any, **p: Any) -> jax.Array:
-    x, planes, scales, offsets, bias = _fill(operands, p, local.absent())
+    x, planes, scales, offsets, bias = _fill(operands, p, absent())
     signs, block = _sign_words(rotation, x.shape[-1])
     params = _without(p, "has_offsets", "has_bias")
     return partition.matmul(x, planes, scales, offsets, bias, signs, block=block, **params)
@@ -83,7 +84,7 @@ def _matmul(*operands: jax.Array, rotation: Any, **p: Any) -> jax.Array:
 def _sign_words(rotation: Any, k: int) -> tuple[jax.Array, int]:
     """Operand and parameter that carry a rotation: packed signs and block, or nothing and 0."""
     if rotation is None:
-        return local.absent(np.uint32), 0
+        return absent(np.uint32), 0
     return jnp.asarray(rotation.sign_words(k)), rotation.block
 
 
@@ -133,14 +134,14 @@ def _quantize_abstract(x: ShapedArray, **p: Any) -> list[ShapedArray]:
 
 def _int_matmul_abstract(codes: ShapedArray, planes: ShapedArray, **p: Any) -> ShapedArray:
     groups = group_count(codes.shape[-1], p["group_size"])
-    shape = (*codes.shape[:-1], local.output_columns(planes, p["columns"]), groups)
+    shape = (*codes.shape[:-1], output_columns(planes, p["columns"]), groups)
     rule = partition.int_matmul_rule(codes, planes, p)
     return _typed(rule, (codes, planes), [(shape, np.int32)])[0]
 
 
 def _matmul_abstract(*operands: ShapedArray, **p: Any) -> ShapedArray:
     x, planes, scales, offsets, bias = _fill(operands, p)
-    shape = (*x.shape[:-1], local.output_columns(planes, p["columns"]))
+    shape = (*x.shape[:-1], output_columns(planes, p["columns"]))
     optional = {
         name: value for name, value in (("offsets", offsets), ("bias", bias)) if value is not None
     }
@@ -194,7 +195,7 @@ def _matmul_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], **p: Any) -
             dm = None
         else:
             dm = offsets_dot if _nonzero(offsets_dot) else jnp.zeros_like(offsets)
-        rows_dot = dequantize_rows(*local.in_planes(planes, ds, dm, p["columns"]), x.shape[-1])
+        rows_dot = dequantize_rows(*in_planes(planes, ds, dm, p["columns"]), x.shape[-1])
         out_sharding = _explicit(jax.typeof(out))
         term = reference.dot_rows(_seen_activations(x, p), rows_dot, out_sharding)
         terms.append(term.astype(p["out_dtype"]))
@@ -242,7 +243,7 @@ def _matmul_transpose(ct: Any, x: Any, planes: Any, scales: Any, *rest: Any, **p
         return [ad.Zero(x.aval), *others]
     k = x.aval.shape[-1]
     offsets = rest[0] if p["has_offsets"] else None
-    rows = dequantize_rows(*local.in_planes(planes, scales, offsets, p["columns"]), k)
+    rows = dequantize_rows(*in_planes(planes, scales, offsets, p["columns"]), k)
     contract = (((ct.ndim - 1,), (0,)), ((), ()))
     x_ct = jax.lax.dot_general(
         ct.astype(jnp.float32), rows, contract, precision="highest", out_sharding=_explicit(x.aval)
