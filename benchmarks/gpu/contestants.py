@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jax_anyprec import format as fmt
 from tests.layers import Layer
 from tests.oracle import OUT_ROUNDOFF, Bounded, float_matmul, gamma, quantized_matmul
 
+from .data import draw
 from .roofline import ways
 from .shapes import Precision
 from .timing import Program
@@ -76,7 +77,7 @@ class Contestant:
     @property
     def calls(self) -> list[str]:
         """Libraries' and our own kernels in the compiled program: what XLA made of a dot."""
-        text = self.program.compiled.as_text()
+        text = self.program.text()
         return sorted({*re.findall(r'custom_call_target="([^"]+)"', text), *_TRITON.findall(text)})
 
 
@@ -89,14 +90,13 @@ def _enter(
     case: Case,
     about: dict[str, Any],
     operation: Operation,
-    make_set: Callable[[jax.Array], tuple[Any, ...]],
+    make_set: Callable[[int], tuple[Any, ...]],
     expected: Callable[..., Bounded],
 ) -> Contestant:
-    """A contestant whose sets `make_set(key)` gives, weights last if there are two operands."""
-    first = make_set(jax.random.key(0))
+    """A contestant whose sets `make_set(seed)` gives, weights last if there are two operands."""
+    first = make_set(0)
     moved = _bytes((first, jax.eval_shape(operation, *first)))
-    keys = (jax.random.key(i) for i in range(1, case.copies(moved)))
-    sets = [first, *map(make_set, keys)]
+    sets = [first, *map(make_set, range(1, case.copies(moved)))]
     wanted = expected(*sets[-1])
 
     def check(result: Any) -> None:
@@ -122,9 +122,8 @@ def ours(case: Case, precision: Precision, implementation: str) -> Contestant:
         ap.matmul, act_bits=pair.activations, act_scales=scales, implementation=implementation
     )
 
-    def make_set(key: jax.Array) -> tuple[Any, ...]:
-        x_key, w_key = jax.random.split(key)
-        return activations(case, x_key), random_weights(w_key, case.layer, precision)
+    def make_set(seed: int) -> tuple[Any, ...]:
+        return activations(case, seed), random_weights(seed, case.layer, precision)
 
     about = {"contestant": str(precision), "implementation": implementation}
     about |= {"weight_bits": pair.weights, "act_bits": pair.activations, "ways": ways(*pair)}
@@ -145,26 +144,24 @@ def prologue(case: Case, bits: int, group_size: int | None, implementation: str)
 
     name = f"quantize A{bits}" + (f" g{group_size}" if group_size else "")
     about = {"contestant": name, "implementation": implementation, "act_bits": bits, "ways": {}}
-    return _enter(case, about, operation, lambda key: (activations(case, key),), expected)
+    return _enter(case, about, operation, lambda seed: (activations(case, seed),), expected)
 
 
-def activations(case: Case, key: jax.Array) -> jax.Array:
-    return jax.random.normal(key, (case.m, case.layer.k), jnp.bfloat16)
+def activations(case: Case, seed: int) -> jax.Array:
+    return draw(2 * seed, (case.m, case.layer.k), jnp.bfloat16)
 
 
-def random_weights(key: jax.Array, layer: Layer, precision: Precision) -> ap.QuantizedTensor:
+def random_weights(seed: int, layer: Layer, precision: Precision) -> ap.QuantizedTensor:
     """Prepared, of random bits; scales of groups in float16, of columns in float32.
 
     K and N must be multiples of 32, so that there is no padding, which would have to be 0.
     """
     bits, group_size = precision.pair.weights, precision.group_size or layer.k
     tiles, words = layer.n // fmt.TILE, layer.k // fmt.WORD_BITS
-    bits_key, scales_key = jax.random.split(key)
-    planes = jax.random.bits(bits_key, (tiles, words, bits, fmt.TILE), jnp.uint32)
-    scales = jax.random.uniform(
-        scales_key, (tiles, layer.k // group_size, fmt.TILE), minval=1, maxval=2
-    ) / 2 ** (bits + 6)
-    scales = scales.astype(jnp.float16 if precision.group_size else jnp.float32)
+    planes = draw(2 * seed + 1, (tiles, words, bits, fmt.TILE), jnp.uint32)
+    random = np.random.default_rng(seed)
+    scales = random.uniform(1, 2, (tiles, layer.k // group_size, fmt.TILE)) / 2 ** (bits + 6)
+    scales = jnp.asarray(scales.astype(np.float16 if precision.group_size else np.float32))
     return ap.QuantizedTensor(planes, scales, None, layer.k, group_size, None, layer.n)
 
 
@@ -227,11 +224,9 @@ def dot(case: Case, kind: Dot) -> Contestant:
             x, w, (((1,), (1,)), ((), ())), preferred_element_type=kind.result
         )
 
-    def make_set(key: jax.Array) -> tuple[Any, ...]:
-        return tuple(
-            _random(part, (size, layer.k), kind.operand)
-            for part, size in zip(jax.random.split(key), (case.m, layer.n), strict=True)
-        )
+    def make_set(seed: int) -> tuple[Any, ...]:
+        x = draw(2 * seed, (case.m, layer.k), kind.operand)
+        return x, draw(2 * seed + 1, (layer.n, layer.k), kind.operand)
 
     def expected(x: jax.Array, w: jax.Array) -> Bounded:
         rows, columns = (
@@ -247,9 +242,3 @@ def dot(case: Case, kind: Dot) -> Contestant:
 
     about = {"contestant": kind.name, "implementation": "XLA", "ways": {kind.name: 1}}
     return _enter(case, about, operation, make_set, expected)
-
-
-def _random(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-    if dtype == jnp.int8:
-        return jax.random.randint(key, shape, -127, 128, jnp.int8)
-    return jax.random.normal(key, shape, jnp.bfloat16).astype(dtype)

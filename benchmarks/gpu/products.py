@@ -132,7 +132,7 @@ def race(case: Case, entries: list[Entry], rounds: int) -> Iterator[Row]:
     for name, make in entries:
         try:
             contestant = make()
-            contestant.check(contestant.program.run(1)[-1])
+            contestant.check(contestant.program.run(1))
             entered.append(contestant)
         except Exception as error:  # whatever it is, the others go on
             if name == BASELINE:
@@ -144,7 +144,7 @@ def race(case: Case, entries: list[Entry], rounds: int) -> Iterator[Row]:
     for contestant, times in zip(entered, seconds, strict=True):
         row = describe(case, contestant, times, seconds[0])
         try:
-            contestant.check(contestant.program.run(1)[-1])
+            contestant.check(contestant.program.run(1))
         except AssertionError as error:
             row["error"] = f"wrong after it was timed: {error}"
         yield row

@@ -104,6 +104,8 @@ def main() -> None:
         report, right = measure()
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         sys.exit(f"rates need nvcc, and a GPU that nvidia-smi finds: {error}")
+    if not report["bandwidths"]:
+        sys.exit("rates.cu stopped before it measured anything")
     if options.json:
         report = provenance("benchmarks.gpu.rates") | report
         options.json.write_text(json.dumps(report, indent=1) + "\n")

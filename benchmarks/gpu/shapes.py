@@ -68,7 +68,7 @@ QUICK = Selection(
 )
 SMOKE = Selection(
     (Layer("small", 256, 192),),
-    (1, 33),
-    _precisions("W1A1", "W2A2", "W4A8", "W3A16", "W4A8 g128", "W4A16 g128"),
+    (33,),
+    _precisions("W1A1", "W4A8", "W3A16", "W4A8 g128"),
 )
 SELECTIONS = {"full": FULL, "quick": QUICK, "smoke": SMOKE}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 SAMPLE_SECONDS = 10e-3
 """A turn repeats its program until it takes about as long, so that its first call's way counts
@@ -30,22 +31,41 @@ IN_ORDER = {
 
 
 class Program:
-    """`operation` on each of `sets` in turn, compiled."""
+    """`operation` on each of `sets` in turn, compiled.
+
+    Each call's results take the place of the last one's. A command buffer whose addresses change
+    has to be made anew, which would take as long as small products.
+    """
 
     def __init__(self, operation: Callable[..., Any], sets: Sequence[tuple[Any, ...]]):
         once = jax.jit(operation)  # traced and lowered once for all sets
 
-        def run_all(sets: Sequence[tuple[Any, ...]]) -> list[Any]:
+        def run_all(sets: Sequence[tuple[Any, ...]], results: list[jax.Array]) -> list[jax.Array]:
+            del results  # they lend their memory
             return [once(*operands) for operands in sets]
 
         self.sets = sets
-        self.compiled = jax.jit(run_all).lower(sets).compile(compiler_options=IN_ORDER)
+        self.results = [_poisoned(once, operands) for operands in sets]
+        self.jitted = jax.jit(
+            run_all, donate_argnums=1, keep_unused=True, compiler_options=IN_ORDER
+        )
 
-    def run(self, calls: int) -> list[Any]:
-        """The results of the last of so many calls, when it is done."""
+    def text(self) -> str:
+        """What XLA made of it."""
+        return self.jitted.lower(self.sets, self.results).compile().as_text()
+
+    def run(self, calls: int) -> jax.Array:
+        """The result for the last set, after so many calls."""
         for _ in range(calls):
-            results = self.compiled(self.sets)
-        return jax.block_until_ready(results)
+            self.results = self.jitted(self.sets, self.results)
+        return jax.block_until_ready(self.results)[-1]
+
+
+def _poisoned(operation: Callable[..., Any], operands: tuple[Any, ...]) -> jax.Array:
+    """What no result is, so that elements which are never written show."""
+    result = jax.eval_shape(operation, *operands)
+    poison = jnp.nan if jnp.issubdtype(result.dtype, jnp.floating) else jnp.iinfo(result.dtype).max
+    return jnp.full(result.shape, poison, result.dtype)
 
 
 def take_turns(
