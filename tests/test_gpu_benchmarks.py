@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ from benchmarks.gpu import contestants, data, products, rates, roofline, summary
 from benchmarks.gpu.rates import Peaks
 from benchmarks.gpu.shapes import FULL, QUICK, SMOKE
 from tests.layers import Layer
+from tests.ptx import toolchain
+from tests.ptx.memory import Memory
+from tests.ptx.module import Module
 
 REPOSITORY = Path(__file__).parent.parent
 PEAKS = Peaks({"b1": 8e15, "int8": 2e15, "bf16": 1e15}, 3e12)
@@ -73,6 +77,42 @@ def test_rates_compile_to_the_instructions_they_are_named_after(
     # Eight accumulators of a warp; sixteen products between two waits.
     assert opcodes.count("BMMA") == 2 * 8
     assert opcodes.count("BGMMA") == ("BGMMA" in INSTRUCTIONS[arch]) * 16
+
+
+def elements(words: np.ndarray, kind: str) -> np.ndarray:
+    """``uint32[...]`` to ``int64[..., elements]``."""
+    octets = words[..., None].view(np.uint8)
+    if kind == "b1":
+        return np.unpackbits(octets, axis=-1).astype(np.int64)
+    return octets.view(kind).astype(np.int64)
+
+
+@pytest.mark.parametrize("from_shared", [0, 1])
+@pytest.mark.parametrize(("number", "kind"), [(0, "b1"), (1, "int8")])
+def test_rates_multiply_what_they_say(number: int, kind: str, from_shared: int, nvcc: str) -> None:
+    """All products of a warp are of two fragments A by eight B; two warps do the same."""
+    text = toolchain.compile(rates.SOURCE, options=["-O3"])
+    module = Module(re.sub(r"mov\.u64\s+(%rd\d+), %clock64;", r"mov.u64 \1, 0;", text))
+    name = f"mma_kernelIL4Type{number}ELS0_{number}ELb{from_shared}E"
+    (entry,) = (e for e in module.entries if name in e)
+    random = np.random.default_rng(number)
+    a = random.integers(2**32, size=(2, 4, 32), dtype=np.uint32)  # fragment, word, lane
+    b = random.integers(2**32, size=(4, 32, 4), dtype=np.uint32)  # pair, lane, words of both
+    memory, steps, threads = Memory(), 3, 64
+    sums = memory.place(np.zeros(threads, np.uint32))
+    pointers = (memory.place(a), memory.place(b), sums, memory.place(np.zeros(1, np.int64)))
+    params = struct.pack("<QQi4xQQ", *pointers[:2], steps, *pointers[2:])
+    module.run(entry, grid=(1, 1, 1), block=(threads, 1, 1), params=params, memory=memory)
+    # Lanes alike modulo 4 hold the same indices along K, the last two words of A and the second
+    # of B the upper half of them.
+    columns = b.reshape(4, 32, 2, 2).transpose(0, 2, 3, 1).reshape(8, 2, 8, 4)
+    expected = 0
+    for i, half in enumerate(columns):
+        rows = a[i % 2].reshape(2, 2, 8, 4)  # half, rows and rows + 8, row, word along K
+        left = elements(rows, kind).sum((1, 2))
+        expected += (left * elements(half, kind).sum(1)).sum()
+    found = memory.read(sums, np.uint32, threads).astype(np.int64).sum()
+    assert (found - 2 * steps * expected) % 2**32 == 0
 
 
 def report(**changes: object) -> dict:

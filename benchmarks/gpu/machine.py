@@ -9,8 +9,10 @@ import sys
 
 from ..machine import commit
 
-FIELDS = ("name", "driver_version", "compute_cap", "clocks.max.sm", "clocks.max.memory")
-LIMITS = ("power.limit", "temperature.gpu", "clocks_throttle_reasons.active")
+FIELDS = (
+    *("name", "driver_version", "compute_cap"),
+    *("clocks.max.sm", "power.limit", "temperature.gpu"),
+)
 
 
 def provenance(module: str) -> dict[str, str]:
@@ -23,13 +25,12 @@ def provenance(module: str) -> dict[str, str]:
 
 
 def gpu() -> dict[str, str]:
-    """The first GPU as its driver describes it, and what holds its clocks back now.
+    """The first GPU as its driver describes it.
 
     Raises:
       FileNotFoundError: there is no nvidia-smi, so no driver.
       subprocess.CalledProcessError: the driver finds no GPU.
     """
-    names = (*FIELDS, *LIMITS)
-    query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+    query = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader", "--id=0"]
     answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    return dict(zip(names, (part.strip() for part in answer.split(",")), strict=True))
+    return dict(zip(FIELDS, (part.strip() for part in answer.split(",")), strict=True))

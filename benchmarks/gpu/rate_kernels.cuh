@@ -22,7 +22,9 @@ constexpr int kChains = 8;          // independent values of a thread, for scala
 
 enum class Type { kBit, kS8, kU8, kS4, kBf16, kF16 };
 
-__host__ __device__ constexpr bool is_float(Type type) { return type == Type::kBf16 || type == Type::kF16; }
+__host__ __device__ constexpr bool is_float(Type type) {
+  return type == Type::kBf16 || type == Type::kF16;
+}
 
 // --- mma.sync: fragments of all types have the same shape in words ---
 
@@ -203,7 +205,8 @@ __global__ void __launch_bounds__(256, 1)
       constexpr int kAlongK = kRowBytes / 32;
       wgmma<kA, kB>(d, rows + i % kAlongK * 2, columns + i % kAlongK * 2);
     }
-    asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   }
   watch.stop(cycles);
   Accumulator sum = 0;

@@ -1,11 +1,11 @@
 // Rates of tensor-core and integer instructions, and bandwidths, of the GPU that it runs on: a line
 // of JSON about the device, then one for each figure.
 //
-// A rate is measured where nothing but the instruction can limit it: operands are random and stay in
-// registers (or in shared memory, where the instruction reads it, or where a load for every two
+// A rate is measured where nothing but the instruction can limit it: operands are random and stay
+// in registers (or in shared memory, where the instruction reads it, or where a load for every two
 // products shows whether loads issue beside them), and each warp has independent accumulators. All
-// sums of tensor cores are compared with sums made on the host, so what is counted has run. One that
-// differs is reported, marked, and makes the exit code 1.
+// sums of tensor cores are compared with sums made on the host, so what is counted has run. One
+// that differs is reported, marked, and makes the exit code 1.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -168,9 +168,10 @@ void report_rate(Device& device, const char* name, const char* unit, const char*
   const double ms = median(times), clock = median(clocks), done = operations * steps;
   std::printf(
       "{\"instruction\": \"%s\", \"unit\": \"%s\", \"operands\": \"%s\", \"warps_per_sm\": %d, "
-      "\"right\": %s, \"milliseconds\": %.4f, \"tops\": %.3f, \"ops_per_clock_per_sm\": %.2f, \"sm_mhz\": %.0f}\n",
-      name, unit, operands, warps, right ? "true" : "false", ms, done * device.sms() / ms / 1e9, done / clock,
-      clock / ms / 1e3);
+      "\"right\": %s, \"milliseconds\": %.4f, \"tops\": %.3f, \"ops_per_clock_per_sm\": %.2f, "
+      "\"sm_mhz\": %.0f}\n",
+      name, unit, operands, warps, right ? "true" : "false", ms, done * device.sms() / ms / 1e9,
+      done / clock, clock / ms / 1e3);
 }
 
 template <Type kA, Type kB, bool kFromShared>
