@@ -333,6 +333,34 @@ def test_the_queue_reports_each_part_that_fails(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) <= 8
 
 
+@pytest.mark.parametrize(
+    ("tests", "verdict"), [("2 passed", "passed"), ("2 skipped", "failed (1)")]
+)
+def test_the_queue_builds_for_the_gpu_and_counts_no_skipped_test(
+    tests: str, verdict: str, tmp_path: Path
+) -> None:
+    """With programs in the place of the driver's and Python that say what they are called with."""
+    programs = {
+        "nvidia-smi": 'case $1 in *compute_cap) echo 9.0 ;; *) echo "Some GPU" ;; esac',
+        "python": f'echo "$@"; if [ "$2" = pytest ]; then echo "{tests}"; fi',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    out = tmp_path / "out"
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run(
+        *("benchmarks/gpu_queue.sh", "build", "test"),
+        **{"OUT": str(out), "PYTHON": str(tmp_path / "python"), "PATH": path, "COMMIT": "abc"},
+    )
+    summed = (out / "summary.md").read_text()
+    assert summed.startswith("# Some GPU\n\n- driver: Some GPU\n")
+    assert "- commit: abc\n" in summed
+    assert "-C cmake.define.JAX_ANYPREC_CUDA_ARCHITECTURES=90a" in (out / "build.log").read_text()
+    assert f"| test | {verdict} |" in summed
+    assert done.returncode == (verdict != "passed")
+
+
 def test_the_queue_names_its_parts() -> None:
     done = run("benchmarks/gpu_queue.sh", "polish")
     assert done.returncode == 2
