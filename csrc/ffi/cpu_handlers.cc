@@ -12,10 +12,9 @@
 
 #include "../cpu/dispatch.h"
 #include "../cpu/parallel.h"
+#include "checks.h"
 
 namespace anyprec::cpu {
-
-namespace ffi = xla::ffi;
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose_kernels(std::getenv("JAX_ANYPREC_ISA"));
@@ -47,58 +46,14 @@ WaitingRoom& waiting_room() {
   return room;
 }
 
-struct Bad {
-  std::string message;
-};
-
-void require(bool ok, const char* what) {
-  if (!ok) throw Bad{std::string("jax_anyprec: ") + what};
-}
-
-DType float_type(ffi::DataType t) {
-  switch (t) {
-    case ffi::DataType::F32: return DType::kF32;
-    case ffi::DataType::F16: return DType::kF16;
-    case ffi::DataType::BF16: return DType::kBF16;
-    default: throw Bad{"jax_anyprec: expected float32, float16 or bfloat16"};
-  }
-}
-
-bool has_shape(const ffi::AnyBuffer& b, std::initializer_list<int64_t> dims) {
-  auto have = b.dimensions();
-  return have.size() == dims.size() && std::equal(have.begin(), have.end(), dims.begin());
-}
-
-template <typename F>
-ffi::Error guarded(F&& run) {
-  try {
-    run();
-    return ffi::Error::Success();
-  } catch (const Bad& bad) {
-    return ffi::Error::InvalidArgument(bad.message);
-  } catch (const std::exception& e) {
-    return ffi::Error::Internal(std::string("jax_anyprec: ") + e.what());
-  }
-}
-
-int64_t group_count(int64_t k, int64_t group_size) {
-  require(k == 0 || (group_size > 0 && k % group_size == 0), "group size must divide k");
-  return k == 0 ? 1 : k / group_size;
-}
-
 Activations read_activations(const ffi::AnyBuffer& x, int64_t bits, int64_t group_size,
                              int64_t block, const ffi::AnyBuffer& signs) {
   require(x.dimensions().size() == 2, "x must have two axes");
   require(bits >= 0 && bits <= kMaxBits, "activation bits out of range");
   int64_t k = x.dimensions()[1];
   group_count(k, group_size);
-  require(block == 0 || (block > 0 && (block & (block - 1)) == 0 && k % block == 0),
-          "rotation block must be a power of two that divides k");
-  require(signs.element_type() == ffi::DataType::U32 && has_shape(signs, {block ? words(k) : 0}),
-          "rotation signs must be uint32[words]");
-  return {x.untyped_data(),     float_type(x.element_type()), x.dimensions()[0], k,
-          static_cast<int>(bits), group_size, block,
-          static_cast<const uint32_t*>(signs.untyped_data()), nullptr};
+  return {x.untyped_data(), float_type<DType>(x.element_type()), x.dimensions()[0], k,
+          static_cast<int>(bits), group_size, block, read_rotation(signs, block, k), nullptr};
 }
 
 // Planes [bits][N][words], or tiles [tiles(N)][words][bits][kTile] of a prepared tensor.
@@ -266,21 +221,21 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer planes,
     p.w.groups = group_count(p.act.k, group_size);
     check_groups(scales, p.w, "scales do not match the planes");
     p.w.scales = scales.untyped_data();
-    p.w.scale_dtype = float_type(scales.element_type());
+    p.w.scale_dtype = float_type<DType>(scales.element_type());
     if (offsets.dimensions().size() > 1) {
       check_groups(offsets, p.w, "offsets do not match the planes");
       p.w.offsets = offsets.untyped_data();
-      p.w.offset_dtype = float_type(offsets.element_type());
+      p.w.offset_dtype = float_type<DType>(offsets.element_type());
     }
     // An absent bias has no elements, and so has the bias of an empty result.
     if (bias.element_count() > 0) {
       require(has_shape(bias, {p.w.n}), "bias must be [N]");
       p.bias = bias.untyped_data();
-      p.bias_dtype = float_type(bias.element_type());
+      p.bias_dtype = float_type<DType>(bias.element_type());
     }
     require(has_shape(*out, {p.act.m, p.w.n}), "result must be [M, N]");
     p.out = out->untyped_data();
-    p.out_dtype = float_type(out->element_type());
+    p.out_dtype = float_type<DType>(out->element_type());
     std::vector<Segment> segments;
     set_workspace(p, segments, group_size, *workspace);
     parallel_rows(pool, p.act.m, p.act.k,
