@@ -25,7 +25,7 @@ from tests.ptx.module import Module
 
 REPOSITORY = Path(__file__).parent.parent
 PEAKS = Peaks({"b1": 8e15, "int8": 2e15, "bf16": 1e15}, 3e12)
-SMALL = contestants.Case(Layer("small", 256, 96), 5, 2**15)
+SMALL = contestants.Case(Layer("small", 256, 256), 5, 2**15)
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -270,8 +270,8 @@ def test_rows_say_what_was_measured(lines: list[dict]) -> None:
     assert ours["cold"]
     assert ours["calls"] == ["jax_anyprec_cpu_matmul"]
     # x in bfloat16, planes, scales in float32, y in bfloat16.
-    assert ours["moved_bytes"] == 2 * 5 * 256 + 256 * 96 // 8 + 4 * 96 + 2 * 5 * 96
-    assert ours["tops"] == pytest.approx(2 * 5 * 256 * 96 / ours["us"] / 1e6)
+    assert ours["moved_bytes"] == 2 * 5 * 256 + 256 * 256 // 8 + 4 * 256 + 2 * 5 * 256
+    assert ours["tops"] == pytest.approx(2 * 5 * 256 * 256 / ours["us"] / 1e6)
     assert ours["floor_limit"] == "memory"
     assert ours["roofline_share"] == pytest.approx(ours["moved_bytes"] / 3e6 / ours["us"])
 

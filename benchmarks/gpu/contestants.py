@@ -91,20 +91,22 @@ def _enter(
     about: dict[str, Any],
     operation: Operation,
     make_set: Callable[[int], tuple[Any, ...]],
+    sampled: tuple[np.ndarray, ...],
     expected: Callable[..., Bounded],
 ) -> Contestant:
-    """A contestant whose sets `make_set(seed)` gives, weights last if there are two operands."""
+    """A contestant whose sets `make_set(seed)` gives, weights last if there are two operands.
+
+    Of the last set's result, `expected` gives the `sampled` rows (and columns).
+    """
     first = make_set(0)
     moved = _bytes((first, jax.eval_shape(operation, *first)))
     sets = [first, *map(make_set, range(1, case.copies(moved)))]
     wanted = expected(*sets[-1])
 
-    def check(result: Any) -> None:
-        at = (case.rows, case.columns) if result.shape[1:] == (case.layer.n,) else (case.rows,)
-        wanted.check(jax.device_get(result[np.ix_(*at)]))
+    def check(result: jax.Array) -> None:
+        wanted.check(jax.device_get(result[np.ix_(*sampled)]))
 
-    weights = _bytes(first[1:])
-    return Contestant(about, Program(operation, sets), weights, moved, check)
+    return Contestant(about, Program(operation, sets), _bytes(first[1:]), moved, check)
 
 
 def _bytes(tree: Any) -> int:
@@ -117,17 +119,26 @@ def _bytes(tree: Any) -> int:
 def ours(case: Case, precision: Precision, implementation: str) -> Contestant:
     """`ap.matmul` of bfloat16 activations, the prologue included."""
     pair = precision.pair
-    scales = "group" if precision.group_size else "token"
     operation = functools.partial(
-        ap.matmul, act_bits=pair.activations, act_scales=scales, implementation=implementation
+        ap.matmul,
+        act_bits=pair.activations,
+        act_scales="group" if precision.group_size else "token",
+        implementation=implementation,
     )
 
     def make_set(seed: int) -> tuple[Any, ...]:
         return activations(case, seed), random_weights(seed, case.layer, precision)
 
-    about = {"contestant": str(precision), "implementation": implementation}
-    about |= {"weight_bits": pair.weights, "act_bits": pair.activations, "ways": ways(*pair)}
-    return _enter(case, about, operation, make_set, functools.partial(_our_sample, case, precision))
+    about = {
+        "contestant": str(precision),
+        "implementation": implementation,
+        "weight_bits": pair.weights,
+        "act_bits": pair.activations,
+        "ways": ways(*pair),
+    }
+    sampled = (case.rows, case.columns)
+    expected = functools.partial(_our_sample, case, precision)
+    return _enter(case, about, operation, make_set, sampled, expected)
 
 
 def prologue(case: Case, bits: int, group_size: int | None, implementation: str) -> Contestant:
@@ -144,7 +155,9 @@ def prologue(case: Case, bits: int, group_size: int | None, implementation: str)
 
     name = f"quantize A{bits}" + (f" g{group_size}" if group_size else "")
     about = {"contestant": name, "implementation": implementation, "act_bits": bits, "ways": {}}
-    return _enter(case, about, operation, lambda seed: (activations(case, seed),), expected)
+    return _enter(
+        case, about, operation, lambda seed: (activations(case, seed),), (case.rows,), expected
+    )
 
 
 def activations(case: Case, seed: int) -> jax.Array:
@@ -241,4 +254,4 @@ def dot(case: Case, kind: Dot) -> Contestant:
         )
 
     about = {"contestant": kind.name, "implementation": "XLA", "ways": {kind.name: 1}}
-    return _enter(case, about, operation, make_set, expected)
+    return _enter(case, about, operation, make_set, (case.rows, case.columns), expected)

@@ -11,6 +11,7 @@ Rows are written as they are measured; `benchmarks.gpu.summary` makes tables of 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import pathlib
@@ -107,7 +108,7 @@ def about(options: argparse.Namespace, device: jax.Device) -> Row:
 def choose(case: Case, selection: Selection, platform: str, families: bool) -> Iterator[Entry]:
     """Names and makers of the contestants, the baseline first."""
     for kind in DOTS:
-        yield kind.name, lambda kind=kind: contestants.dot(case, kind)
+        yield kind.name, functools.partial(contestants.dot, case, kind)
     quantized: dict[tuple[int, int | None], None] = {}
     for precision in selection.precisions:
         implementations = [platform]
@@ -115,15 +116,11 @@ def choose(case: Case, selection: Selection, platform: str, families: bool) -> I
             quantized[precision.pair.activations, precision.group_size] = None
             implementations += [f"{platform}_planes", f"{platform}_codes"] * families
         for name in implementations:
-            yield (
-                f"{precision}, {name}",
-                lambda precision=precision, name=name: contestants.ours(case, precision, name),
-            )
+            make = functools.partial(contestants.ours, case, precision, name)
+            yield f"{precision}, {name}", make
     for bits, group_size in quantized:
-        yield (
-            f"quantize A{bits}",
-            lambda bits=bits, group=group_size: contestants.prologue(case, bits, group, platform),
-        )
+        make = functools.partial(contestants.prologue, case, bits, group_size, platform)
+        yield f"quantize A{bits}", make
 
 
 def race(case: Case, entries: list[Entry], rounds: int) -> Iterator[Row]:

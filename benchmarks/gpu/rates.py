@@ -66,7 +66,7 @@ def measure() -> tuple[dict[str, Any], bool]:
 def parse(lines: str) -> dict[str, Any]:
     """The program's output as one report: about the device, "rates" and "bandwidths"."""
     rows = [json.loads(line) for line in lines.splitlines()]
-    about = next((row for row in rows if "device" in row), {})
+    about: dict[str, Any] = next((row for row in rows if "device" in row), {})
     rates = [row for row in rows if "instruction" in row]
     return about | {"rates": rates, "bandwidths": [row for row in rows if "path" in row]}
 

@@ -52,7 +52,7 @@ class Program:
 
     def text(self) -> str:
         """What XLA made of it."""
-        return self.jitted.lower(self.sets, self.results).compile().as_text()
+        return self.jitted.lower(self.sets, self.results).compile().as_text() or ""
 
     def run(self, calls: int) -> jax.Array:
         """The result for the last set, after so many calls."""
