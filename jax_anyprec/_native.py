@@ -8,14 +8,14 @@ import importlib
 import importlib.util
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-ISA_VARIABLE = "JAX_ANYPREC_ISA"
+from .choose import has_cuda_code
 
-MIN_CUDA_ARCH = 80
-"""The oldest compute capability, times ten, that the CUDA kernels run on."""
+ISA_VARIABLE = "JAX_ANYPREC_ISA"
 
 CUSTOM_CALLS = (
     "jax_anyprec_cpu_quantize",
@@ -105,19 +105,29 @@ def _cpu_status(backend: Backend) -> dict[str, Any]:
 def _cuda_status(backend: Backend) -> dict[str, Any]:
     if backend.module is None:
         return {"available": False, "reason": backend.reason}
-    devices = backend.module.devices()
+    devices, compiled = backend.module.devices(), backend.module.architectures()
+    reasons = [why for why in (no_code(device, compiled) for device in devices) if why is not None]
     reason = None
     if not devices:
         reason = f"CUDA has no device: {backend.module.device_error()}"
-    elif all(device["arch"] < MIN_CUDA_ARCH for device in devices):
-        names = ", ".join(f"{device['name']} has {device['arch'] / 10}" for device in devices)
-        reason = f"kernels need compute capability {MIN_CUDA_ARCH / 10} or newer; {names}"
+    elif len(reasons) == len(devices):
+        reason = "; ".join(reasons)
     return {
         "available": reason is None,
         "reason": reason,
-        "architectures": list(backend.module.architectures()),
+        "architectures": list(compiled),
         "devices": devices,
     }
+
+
+def no_code(device: dict[str, Any], compiled: Sequence[str]) -> str | None:
+    """Why kernels compiled for these architectures don't run on a device; None if they do."""
+    if has_cuda_code(device["arch"], compiled):
+        return None
+    return (
+        f"{device['name']} has compute capability {device['arch'] / 10}, and the CUDA kernels are "
+        f"compiled for {', '.join(compiled)}"
+    )
 
 
 def _load(module_name: str, platform: str) -> Backend:

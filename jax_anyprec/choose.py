@@ -5,6 +5,7 @@ That of the CUDA kernels, which needs their tiles, is in `csrc/cuda/plan.h`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 IMPLEMENTATIONS = (
@@ -24,6 +25,23 @@ MANY_ROWS = 8
 def platform_of(implementation: str) -> str:
     """The platform, as JAX names it, that an implementation is for; "xla" is for all."""
     return implementation.partition("_")[0]
+
+
+def has_cuda_code(arch: int, compiled: Iterable[str]) -> bool:
+    """Whether a GPU of compute capability arch / 10 runs code that was compiled for these names.
+
+    They are CMake's: "86-real" is code for its major version, from that minor version on,
+    "90a-real" is code for 9.0 alone, and "120-virtual" is PTX, which every newer GPU compiles.
+    """
+
+    def fits(name: str) -> bool:
+        target, _, kind = name.partition("-")
+        if target.endswith("a"):
+            return arch == int(target[:-1])
+        oldest = int(target)
+        return arch >= oldest and (kind == "virtual" or arch // 10 == oldest // 10)
+
+    return any(map(fits, compiled))
 
 
 class Choice(NamedTuple):

@@ -244,6 +244,8 @@ def info(as_json: bool) -> None:
         if backend.get("isa"):
             others = ", ".join(backend["isa_available"])
             state += f", runs {backend['isa']} (of {others}; {ISA_VARIABLE} chooses)"
+        if backend.get("architectures"):
+            state += f"; compiled for {', '.join(backend['architectures'])}"
         click.echo(f"{'backend':12} {name}: {state}")
 
 

@@ -130,8 +130,7 @@ def plan(
         why.
     """
     module = _native.cuda().require(implementation)
-    devices = module.devices()
-    device = devices[0] if devices else DEFAULT_DEVICE
+    device = _device(module, implementation)
     try:
         return module.plan(
             rows=rows, n=n, k=k, act_bits=act_bits or 0, weight_bits=weight_bits,
@@ -141,7 +140,18 @@ def plan(
             method=(implementation or "").removeprefix("cuda").removeprefix("_"),
         )  # fmt: skip
     except ValueError as refusal:
-        raise _native.unavailable(implementation, f"the CUDA kernels refuse: {refusal}") from None
+        raise _native.unavailable(implementation, f"no CUDA kernel: {refusal}") from None
+
+
+def _device(module: Any, implementation: str | None) -> dict[str, Any]:
+    """The GPU to plan for: the first, which must run the kernels, or DEFAULT_DEVICE."""
+    devices = module.devices()
+    if not devices:
+        return DEFAULT_DEVICE
+    why = _native.no_code(devices[0], module.architectures())
+    if why is not None:
+        raise _native.unavailable(implementation, why)
+    return devices[0]
 
 
 def _rotated(x: jax.Array, signs: jax.Array, block: int) -> tuple[jax.Array, jax.Array, int]:

@@ -157,6 +157,16 @@ def test_info():
         assert f"{name}: {state}" in shown
 
 
+def test_info_of_cuda(monkeypatch):
+    gpu = {"name": "NVIDIA H100", "arch": 90, "multiprocessors": 132}
+    compiled = {"architectures": ["80-real", "90a-real"], "devices": [gpu]}
+    cuda = {"available": True, "reason": None, **compiled}
+    monkeypatch.setattr(cli, "status", lambda: {"cuda": cuda})
+    assert run_json("info")["backends"]["cuda"] == cuda
+    shown = run("info").stdout
+    assert "cuda: available; compiled for 80-real, 90a-real" in shown
+
+
 def test_info_without_a_device(monkeypatch):
     def fail():
         raise RuntimeError("no such platform")

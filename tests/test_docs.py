@@ -71,6 +71,7 @@ def test_the_check_finds_what_is_missing(content: str, wanted: str | None) -> No
     assert found == wanted or (wanted is not None and found is not None and wanted in found)
 
 
+@pytest.mark.filterwarnings("ignore:jax_anyprec runs in plain XLA:UserWarning")  # for CUDA
 def test_examples_run() -> None:
     values: dict = {}
     for block in re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL):

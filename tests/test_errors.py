@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import jax_anyprec as ap
+from jax_anyprec import _native
 
 X = np.ones((2, 64), np.float32)
 WEIGHTS = np.ones((64, 3), np.float32)
@@ -174,15 +175,17 @@ def test_unknown_implementation(name: Any) -> None:
             call()
 
 
-def test_cuda_is_unavailable_with_a_reason() -> None:
-    reason = ap.status()["cuda"]["reason"]
-    assert not ap.status()["cuda"]["available"]
-    assert reason
-    with pytest.raises(ap.Unavailable, match=re.escape(reason)):
-        ap.matmul(X, W, implementation="cuda")
+def test_cuda_on_a_cpu_is_unavailable_with_a_reason() -> None:
+    """No kernels, or kernels that are for other devices."""
+    built = _native.cuda().module is not None
+    reason = "runs on CUDA devices only" if built else str(_native.cuda().reason)
+    with jax.default_device(jax.devices("cpu")[0]):
+        for name in ("cuda", "cuda_planes", "cuda_codes"):
+            with pytest.raises(ap.Unavailable, match=f"implementation='{name}' .*{reason}"):
+                ap.matmul(X, W, act_bits=4, implementation=name)
 
 
-@pytest.mark.parametrize("name", ["cpu_planes", "cpu_codes"])
+@pytest.mark.parametrize("name", ["cpu_planes", "cpu_codes", "cuda_planes", "cuda_codes"])
 def test_integer_kernels_need_integer_activations(name: str) -> None:
     with pytest.raises(ValueError, match=f"implementation='{name}' needs act_bits"):
         ap.matmul(X, W, implementation=name)

@@ -13,7 +13,8 @@ import jax_anyprec
 from jax._src import xla_bridge
 assert not xla_bridge._backends, "a device was initialised"
 loaded = {m for m in sys.modules if m.startswith("jax_anyprec")}
-assert not loaded & {"jax_anyprec.nnx", "jax_anyprec.linen", "jax_anyprec._cpu"}, loaded
+absent = {f"jax_anyprec.{name}" for name in ("nnx", "linen", "_cpu", "_cuda")}
+assert not loaded & absent, loaded
 assert not any(m == "flax" or m.startswith("flax.") for m in sys.modules), "flax was imported"
 for module in ("gguf", "tokenizers", "rich", "click", "jinja2"):
     assert module not in sys.modules, module

@@ -101,7 +101,7 @@ def test_the_table(plan: ap.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     ("platform", "status", "expected"),
     [
         ("cpu", {"cpu": {"available": False, "reason": "not built"}}, ("xla", "not built")),
-        ("gpu", {"cuda": {"reason": "no driver"}}, ("xla", "no driver")),
+        ("gpu", {"cuda": {"available": False, "reason": "no GPU"}}, ("xla", "no GPU")),
         ("tpu", {}, ("xla", "no kernels for tpu")),
     ],
 )
