@@ -93,6 +93,7 @@ def _enter(
     make_set: Callable[[int], tuple[Any, ...]],
     sampled: tuple[np.ndarray, ...],
     expected: Callable[..., Bounded],
+    compiler_options: dict[str, Any] | None = None,
 ) -> Contestant:
     """A contestant whose sets `make_set(seed)` gives, weights last if there are two operands.
 
@@ -106,7 +107,8 @@ def _enter(
     def check(result: jax.Array) -> None:
         wanted.check(jax.device_get(result[np.ix_(*sampled)]))
 
-    return Contestant(about, Program(operation, sets), _bytes(first[1:]), moved, check)
+    program = Program(operation, sets, compiler_options)
+    return Contestant(about, program, _bytes(first[1:]), moved, check)
 
 
 def _bytes(tree: Any) -> int:
@@ -227,6 +229,8 @@ DOTS = (
     Dot("fp8", jnp.float8_e4m3fn, jnp.float32, lambda k: max(1, k // 32) * 2.0**-13),
 )
 BASELINE = DOTS[0].name
+CUBLAS = {"xla_gpu_enable_triton_gemm": False}
+"""Else XLA compiles and times dozens of kernels of its own for each shape, and may take one."""
 
 
 def dot(case: Case, kind: Dot) -> Contestant:
@@ -254,4 +258,5 @@ def dot(case: Case, kind: Dot) -> Contestant:
         )
 
     about = {"contestant": kind.name, "implementation": "XLA", "ways": {kind.name: 1}}
-    return _enter(case, about, operation, make_set, (case.rows, case.columns), expected)
+    sampled = (case.rows, case.columns)
+    return _enter(case, about, operation, make_set, sampled, expected, CUBLAS)

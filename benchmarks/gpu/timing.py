@@ -37,7 +37,12 @@ class Program:
     has to be made anew, which would take as long as small products.
     """
 
-    def __init__(self, operation: Callable[..., Any], sets: Sequence[tuple[Any, ...]]):
+    def __init__(
+        self,
+        operation: Callable[..., Any],
+        sets: Sequence[tuple[Any, ...]],
+        compiler_options: dict[str, Any] | None = None,
+    ):
         once = jax.jit(operation)  # traced and lowered once for all sets
 
         def run_all(sets: Sequence[tuple[Any, ...]], results: list[jax.Array]) -> list[jax.Array]:
@@ -47,7 +52,10 @@ class Program:
         self.sets = sets
         self.results = [_poisoned(once, operands) for operands in sets]
         self.jitted = jax.jit(
-            run_all, donate_argnums=1, keep_unused=True, compiler_options=IN_ORDER
+            run_all,
+            donate_argnums=1,
+            keep_unused=True,
+            compiler_options=IN_ORDER | (compiler_options or {}),
         )
 
     def text(self) -> str:
