@@ -670,3 +670,181 @@ def test_every_planted_mistake_is_listed(kernels: dict[str, ptx.Module]) -> None
 def test_ctas_of_different_batches_race(kernels: dict[str, ptx.Module]) -> None:
     with pytest.raises(ptx.GlobalRace, match=r"CTA \(\d+, 0, 0\)"):
         run_bug(kernels["faults"], "two_ctas_bad", 20)
+
+
+# --- what threads do together ---
+
+
+def behave(
+    kernels: dict[str, ptx.Module],
+    entry: str,
+    x: np.ndarray,
+    y: int | np.ndarray,
+    grid: tuple[int, int, int] = (1, 1, 1),
+    block: tuple[int, int, int] = (64, 1, 1),
+    n: int = 0,
+) -> np.ndarray:
+    """Run an entry of behaviour.cu; y as it is afterwards. An integer: so many words, not set."""
+    memory = ptx.Memory()
+    size = y if isinstance(y, int) else y.size
+    out = memory.reserve(4 * y) if isinstance(y, int) else memory.place(y)
+    params = struct.pack("<QQi4x", memory.place(x), out, n)
+    kernels["behaviour"].run(entry, grid=grid, block=block, params=params, memory=memory)
+    return memory.read(out, np.uint32, size)
+
+
+def random_words(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32)
+
+
+def test_threads_of_a_warp_meet_after_loops(kernels: dict[str, ptx.Module]) -> None:
+    x = random_words(4 * 96)
+    sums = []
+    for t, v in enumerate(x.tolist()):
+        total = 0
+        for i in range(v % 16):
+            if (i ^ t) % 7 == 3:
+                total = total * 3 + 1
+                if total > 100000:
+                    break
+            total += i
+        sums.append(total)
+    got = behave(kernels, "loops", x, 2 * x.size, (4, 1, 1), (96, 1, 1)).reshape(-1, 2)
+    assert got[:, 0].tolist() == sums
+    odd = [sum((s & 1) << i for i, s in enumerate(sums[w : w + 32])) for w in range(0, len(x), 32)]
+    assert got[:, 1].tolist() == [odd[t // 32] for t in range(len(x))]
+
+
+def test_switch(kernels: dict[str, ptx.Module]) -> None:
+    x = random_words(64)
+    functions: list[Callable[[int], int]] = [
+        lambda v: v + 1, lambda v: v * 7, lambda v: v ^ 0x55, lambda v: v >> 3,
+        lambda v: int(x[v % 32]), lambda v: ~v, int.bit_count, lambda v: 0, lambda v: 0,
+    ]  # fmt: skip
+    r = [functions[v % 9](v) for v in x.tolist()]
+    wanted = [(v + r[t // 32 * 32 + 5]) % 2**32 for t, v in enumerate(r)]
+    assert behave(kernels, "cases", x, 64).tolist() == wanted
+
+
+def test_blocks_of_three_dimensions(kernels: dict[str, ptx.Module]) -> None:
+    count = 2 * 3 * 2 * 60
+    got = behave(kernels, "indices", random_words(1), count - 25, (2, 3, 2), (5, 4, 3), count - 25)
+    wanted = [
+        cta << 16 | z << 12 | y << 8 | x << 4 | 1
+        for cta in range(12) for z in range(3) for y in range(4) for x in range(5)
+    ]  # fmt: skip
+    assert got.tolist() == wanted[: count - 25]
+
+
+def test_shuffles(kernels: dict[str, ptx.Module]) -> None:
+    x = random_words(64)
+    got = behave(kernels, "shuffles", x, 8 * 64).reshape(64, 8)
+    for t in range(64):
+        lane, warp = t % 32, t // 32 * 32
+        eight = warp + lane // 8 * 8
+        sources = [
+            warp + t * 7 % 32,
+            t - 3 if lane >= 3 else t,
+            t + 5 if lane + 5 < 32 else t,
+            warp + (lane ^ 9),
+            eight + t * 3 % 8,
+            t - 3 if lane % 8 >= 3 else t,
+            t + 5 if lane % 8 + 5 < 8 else t,
+        ]
+        assert got[t].tolist() == [*x[sources].tolist(), int(lane + 5 < 32)], t
+
+
+def test_votes(kernels: dict[str, ptx.Module]) -> None:
+    x = random_words(64)
+    x[40] = 5
+    got = behave(kernels, "votes", x, 8 * 64).reshape(64, 8)
+    for t in range(64):
+        warp = x[t // 32 * 32 :][:32].tolist()
+        odd = sum((v & 1) << i for i, v in enumerate(warp))
+        fives = [v % 64 == 5 for v in warp]
+        parity = 0
+        for v in warp:
+            parity ^= v
+        first = t % 4 < 2
+        wanted = [
+            odd, any(fives), not any(fives), sum(warp) % 2**32,
+            max(warp, key=lambda v: signed(v, 32)), parity,
+            0x33333333 if first else odd & 0xCCCCCCCC,
+            min(v for i, v in enumerate(warp) if i % 4 < 2) if first else 0,
+        ]  # fmt: skip
+        assert got[t].tolist() == wanted, t
+
+
+def test_atomics(kernels: dict[str, ptx.Module]) -> None:
+    x = random_words(6 * 64)
+    start = np.zeros(8 + x.size, np.uint32)
+    start[1], start[5] = 2**32 - 1, 1
+    y = behave(kernels, "atomics", x, start, (6, 1, 1), (64, 1, 1))
+    swapped = 1
+    for _ in x:
+        swapped = (swapped * 3 + 1) % 2**32
+    assert y[0] == x.sum(dtype=np.uint32)
+    assert y[1] == x.min()
+    assert y[2] == max(0, *x.view(np.int32))
+    assert y[3] == np.bitwise_xor.reduce(x)
+    assert y[4:5].view(np.float32) == (x % 16).sum()
+    assert y[5] == swapped
+    assert y[6] == x.size
+    assert sorted(y[8:].tolist()) == list(range(x.size))
+
+
+def test_variables_of_a_module_keep_their_values(kernels: dict[str, ptx.Module]) -> None:
+    memory, module = ptx.Memory(), kernels["behaviour"]
+    x, y = random_words(64), memory.reserve(4 * (8 + 64))
+    for expected in (5, 5 + 64):
+        params = struct.pack("<QQi4x", memory.place(x), y, 0)
+        module.run("variables", grid=(1, 1, 1), block=(64, 1, 1), params=params, memory=memory)
+        got = memory.read(y, np.uint32, 64)
+        assert got.tolist() == [10 ** (v % 8) + expected for v in x.tolist()]
+        params = struct.pack("<QQi4x", memory.place(x), memory.place(np.zeros(72, np.uint32)), 0)
+        module.run("atomics", grid=(1, 1, 1), block=(64, 1, 1), params=params, memory=memory)
+
+
+def test_memories_and_narrow_accesses(kernels: dict[str, ptx.Module]) -> None:
+    x = random_words(64)
+    got = behave(kernels, "memories", x, np.zeros(192, np.uint32))
+    signed_bytes, halves = x.view(np.int8).astype(int), x.view(np.uint16).astype(int)
+    local = signed_bytes[:8] * np.arange(8)
+    lanes = np.arange(64)
+    assert (got[:64].view(np.int32) == signed_bytes[lanes ^ 3] + local[x % 8]).all()
+    fours = x.reshape(16, 4).sum(1, dtype=np.uint32)[lanes % 16]
+    assert (
+        got[64:128] == np.where(lanes % 2, halves[lanes ^ 1], 77).astype(np.uint32) + fours
+    ).all()
+
+
+@pytest.mark.parametrize("count", [0, 3, 16, 65, 510, 512])
+def test_copies_fill_with_zeros_and_read_no_further(
+    kernels: dict[str, ptx.Module], count: int
+) -> None:
+    data = random_words(128).view(np.uint8)[:count]
+    got = behave(kernels, "fill", data, 128, block=(32, 1, 1), n=count).view(np.uint8)
+    assert (got[:count] == data).all()
+    assert not got[count:].any()
+
+
+def test_ldmatrix(kernels: dict[str, ptx.Module]) -> None:
+    x = random_words(128)
+    plain, transposed = behave(kernels, "matrices", x, 256, block=(32, 1, 1)).reshape(2, 32, 4)
+    matrices = x.view(np.uint16).reshape(4, 8, 8).astype(np.uint32)
+    for lane in range(32):
+        for j in range(4):
+            row, column = lane // 4, lane % 4 * 2
+            low, high = matrices[j, row, column : column + 2]
+            assert plain[lane, j] == low | high << 16
+            low, high = matrices[j, column : column + 2, row]
+            assert transposed[lane, j] == low | high << 16
+
+
+def test_ctas_that_wait_for_others(kernels: dict[str, ptx.Module]) -> None:
+    y = behave(kernels, "turns", random_words(1), np.zeros(2, np.uint32), (12, 1, 1), (32, 1, 1))
+    total = Fraction(0)
+    for cta in range(12):
+        total = total * Fraction(3, 2) + cta
+    assert y[0] == 12
+    assert y[1] == rounded(total, "f32")

@@ -230,21 +230,23 @@ def _take_turns(
     function: Callable[..., Any],
     values: list[np.ndarray],
 ) -> np.ndarray:
-    old = np.empty(len(address), RAW[unit])
     key = access.cta << 40 | address if space == "shared" else address
-    left = np.arange(len(address))
-    while left.size:
-        _, first = np.unique(key[left], return_index=True)
-        now = left[first]
-        who, there = access.take(now), address[now]
-        if space == "shared":
-            old[now] = m.shared.load(who, there, unit, 1, atomic=True)[:, 0]
-        else:
-            old[now] = m.memory.load(who, there, unit, 1)[:, 0]
-        new = np.asarray(function(old[now], *[v[now] for v in values]))[:, None]
-        memory = m.shared if space == "shared" else m.memory
-        memory.store(who, there, unit, new, atomic=True)
-        left = np.delete(left, first)
+    _, place, count = np.unique(key, return_inverse=True, return_counts=True)
+    first = np.argsort(place, kind="stable")
+    turn = np.empty(len(key), np.int64)  # how many lanes come before at the same address
+    turn[first] = np.arange(len(key)) - np.repeat(np.cumsum(count) - count, count)
+    if space == "shared":
+        old = m.shared.load(access, address, unit, 1, atomic=True)[:, 0]
+    else:
+        old = m.memory.load(access, address, unit, 1)[:, 0]
+    now = np.empty(len(count), RAW[unit])
+    now[place] = old
+    for i in range(int(count.max())):
+        lanes = np.flatnonzero(turn == i)
+        old[lanes] = now[place[lanes]]
+        now[place[lanes]] = function(old[lanes], *[v[lanes] for v in values])
+    memory = m.shared if space == "shared" else m.memory
+    memory.store(access, address, unit, now[place][:, None], atomic=True)
     return old
 
 

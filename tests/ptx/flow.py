@@ -93,7 +93,7 @@ def _components(first: int, edges: dict[int, list[int]]) -> list[list[int]]:
             if work:
                 low[work[-1][0]] = min(low[work[-1][0]], low[block])
             if low[block] == index[block]:
-                component = []
+                component: list[int] = []
                 while not component or component[-1] != block:
                     component.append(stack.pop())
                     waiting.discard(component[-1])

@@ -15,7 +15,7 @@ Values = Any
 """``uint16``, ``uint32``, ``uint64`` or ``bool``: an array over lanes, or a scalar for all."""
 Function = Callable[..., Values]
 
-SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 def numpy_type(type_name: str) -> Any:

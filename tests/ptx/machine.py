@@ -22,8 +22,8 @@ from .parse import Instruction
 
 DONE, WAITING = 2**31 - 1, 2**31 - 2
 """Positions of lanes that have exited, and of those at a barrier."""
-PATIENCE = 256
-"""Jumps after which another warp has its turn, so that none spins forever for one that waits."""
+PATIENCE = 64
+"""Jumps after which other warps have a turn, so that none spins forever for one that can't run."""
 
 Step = Callable[["Machine"], None]
 Control = Callable[["Machine", int], "int | None"]
@@ -77,7 +77,7 @@ class Machine:
         self.mask: np.ndarray | None = None
         self.count, self.partial = self.lanes, False
         self._index: np.ndarray | None = None
-        self._steps = 0
+        self._steps, self._rotation, self._impatient = 0, 0, False
 
     def _identify(self) -> None:
         lane = np.arange(self.lanes)
@@ -223,35 +223,21 @@ class Machine:
 
     def run(self) -> None:
         """Until all lanes have exited."""
-        turn = 0
-        while True:
-            lowest = int(self.position.min())
-            if lowest >= WAITING:
-                if not self._release():
-                    return
-                continue
-            candidates = None
-            turn += 1
-            if turn % PATIENCE == 0:  # give each warp its turn
-                warp = turn // PATIENCE % (self.ctas * self.warps)
-                candidates = self.position[32 * warp : 32 * warp + 32]
-                if candidates.min() >= WAITING:
-                    candidates = None
-            self._run_group(*self._group(lowest, turn, candidates))
+        while (places := self._places()).size or self._waits_in_vain():
+            if self._impatient:
+                self._rotation += 1
+            place = places[self._rotation % len(places) if self._impatient else 0]
+            self._impatient = False
+            others = self.position[self.position > place]
+            limit = int(others.min()) if others.size else DONE
+            lowest = np.repeat(self.position.reshape(-1, 32).min(1), 32)
+            mask = (self.position == place) & (lowest == place)
+            self._run_group(mask, int(place), limit if limit < WAITING else DONE)
 
-    def _group(
-        self, lowest: int, turn: int, candidates: np.ndarray | None
-    ) -> tuple[np.ndarray, int, int]:
-        """Lanes that run next, their position, and where they meet others."""
-        if candidates is not None:
-            lowest = int(candidates.min())
-            mask = (self.position == lowest) & (
-                self.warp == turn // PATIENCE % (self.ctas * self.warps)
-            )
-        else:
-            mask = self.position == lowest
-        others = self.position[(self.position > lowest) & (self.position < WAITING)]
-        return mask, lowest, int(others.min()) if others.size else DONE
+    def _places(self) -> np.ndarray:
+        """Positions where warps can go on, each at the lowest of its lanes."""
+        lowest = np.unique(self.position.reshape(-1, 32).min(1))
+        return lowest[lowest < WAITING]
 
     def _run_group(self, mask: np.ndarray, position: int, limit: int) -> None:
         """Run these lanes until they part, wait, exit, or come to `limit`."""
@@ -267,12 +253,12 @@ class Machine:
                 step(self)
             self._count(stop - at + 1, stop)
             if stop == limit:
-                at = self._park(limit)
-                continue
+                return self._park(limit)
             at = steps[stop](self, stop)
             jumps += 1
-            if at is not None and (at >= limit or (jumps > PATIENCE and limit < DONE)):
-                at = self._park(at)
+            self._impatient = jumps > PATIENCE and limit < DONE
+            if at is not None and (at >= limit or self._impatient):
+                return self._park(at)
 
     def _count(self, steps: int, position: int) -> None:
         self._steps += steps
@@ -284,8 +270,8 @@ class Machine:
                 f"after {self.launch.step_limit} instructions",
             )
 
-    def _park(self, position: int) -> None:
-        """The active lanes go on at a position when they are chosen next."""
+    def _park(self, position: int | np.ndarray) -> None:
+        """The active lanes go on there when they are chosen next."""
         self.position[self.index] = position
 
     def split(self, taken: np.ndarray, there: int, here: int) -> int | None:
@@ -298,24 +284,16 @@ class Machine:
             return there
         if count == 0:
             return here
-        return self._park_each(np.where(chosen, there, here))
-
-    def _park_each(self, positions: np.ndarray) -> None:
-        self.position[self.index] = positions
+        self._park(np.where(chosen, there, here))
+        return None
 
     def scatter(self, table: np.ndarray, index: np.ndarray) -> None:
         """Each active lane goes on where a table says."""
-        self._park_each(table[index])
+        self._park(table[index])
 
     def leave(self, gone: np.ndarray, here: int) -> int | None:
         """Active lanes exit where `gone`; the others go on `here`."""
-        if np.ndim(gone):
-            return self.split(gone, DONE, here) if np.any(gone) else here
-        return self.finish() if gone else here
-
-    def finish(self) -> None:
-        """The active lanes exit."""
-        self._park(DONE)
+        return self.split(gone, DONE, here)
 
     # --- barriers ---
 
@@ -366,21 +344,22 @@ class Machine:
         waiting = self.position == WAITING
         return self.cta[waiting].tolist(), self.barrier[waiting].tolist()
 
-    def _release(self) -> bool:
-        """No lane can run: False if all have exited; otherwise some wait in vain."""
-        stuck = np.flatnonzero(self.position == WAITING)
-        if not stuck.size:
+    def _waits_in_vain(self) -> bool:
+        """No lane can run: raise if some wait at a barrier."""
+        waiting = self.position == WAITING
+        if not waiting.any():
             return False
-        cta = self.cta[stuck[0]]
-        mine = self.cta == cta
-        self.activate(self.position == WAITING, stuck.size, True)
+        first = int(np.argmax(waiting))
+        mine = self.cta == self.cta[first]
+        count = int(np.count_nonzero(mine & waiting))
+        numbers = sorted(set(self.barrier[mine & waiting].tolist()))
+        self.activate(waiting, int(np.count_nonzero(waiting)), True)
         raise self.fault(
-            self.launch.program.instructions[self.resume[stuck[0]] - 1],
+            self.launch.program.instructions[self.resume[first] - 1],
             Deadlock,
             0,
-            f"{np.count_nonzero(mine & (self.position == WAITING))} threads of the CTA wait at "
-            f"barriers {sorted(set(self.barrier[mine & (self.barrier >= 0)].tolist()))}, "
-            f"{self.threads - np.count_nonzero(mine & (self.position == WAITING))} have exited",
+            f"{count} threads of the CTA wait at barriers {numbers}, "
+            f"{self.threads - count} have exited",
         )
 
 

@@ -120,7 +120,7 @@ class Memory:
         self._data = np.zeros(1 << 16, np.uint8)
         self._state = np.zeros(1 << 16, np.uint8)
         self._end = GAP
-        self.variables: dict[tuple[int, str], int] = {}
+        self._variables: dict[object, int] = {}
         self._races = _Races(0)
 
     def reserve(self, nbytes: int) -> int:
@@ -141,6 +141,12 @@ class Memory:
         self._data[start : start + data.size] = data
         self._state[start : start + data.size] = WRITTEN
         return address
+
+    def variable(self, owner: object, value: bytes) -> int:
+        """The address of a module's variable, placed when it is first asked for."""
+        if owner not in self._variables:
+            self._variables[owner] = self.place(np.frombuffer(value, np.uint8))
+        return self._variables[owner]
 
     def read(self, address: int, dtype: Any, shape: int | tuple[int, ...]) -> np.ndarray:
         """A copy of what lies there. Raises OutOfBounds and Uninitialised."""

@@ -108,16 +108,12 @@ class Entry:
                 machine.run()
 
     def _place_variables(self, memory: Memory) -> dict[str, int]:
-        """Addresses of the module's variables in global memory, which keep their values."""
-        out = {}
-        for v in self.variables:
-            if v.space in ("global", "const"):
-                key = (id(self), v.name)
-                if key not in memory.variables:
-                    data = np.frombuffer(v.value or bytes(v.size), np.uint8)
-                    memory.variables[key] = memory.place(data)
-                out[v.name] = memory.variables[key]
-        return out
+        """Addresses of variables in global memory, where they keep their values."""
+        return {
+            v.name: memory.variable(v, v.value or bytes(v.size))
+            for v in self.variables
+            if v.space in ("global", "const")
+        }
 
     def _registers(self, machine: Machine, addresses: dict[str, int]) -> list[Any]:
         """Registers of a batch before its first instruction."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ NUMBER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|0[fFdD][0-9a-fA-F]+|\d+)U?$")
 SPECIAL = re.compile(r"%(?:n?tid|n?ctaid)\.[xyz]$|%laneid$|%warpid$|%lanemask_\w+$|%nwarpid$")
 
 WIDTHS = {"8": 1, "16": 2, "32": 4, "64": 8, "16x2": 4}
-RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+RAW: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def width(type_name: str) -> int:
@@ -109,7 +110,7 @@ class Instruction:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Variable:
     """A declared variable: `size` in bytes, 0 for an array without bound; bytes or None."""
 
@@ -174,7 +175,9 @@ def _number(text: str) -> int:
 def scan(text: str) -> tuple[str, dict[str, Source], list[Variable]]:
     """Text without comments, its entries, and the variables of the module."""
     text = LINE_DIRECTIVE.sub("", COMMENT.sub("", text))
-    entries, variables, position = {}, [], 0
+    entries: dict[str, Source] = {}
+    variables: list[Variable] = []
+    position = 0
     for found in ENTRY.finditer(text):
         variables += _module_variables(text[position : found.start()])
         name, parameters, _ = found.groups()

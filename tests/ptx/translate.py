@@ -9,7 +9,7 @@ import numpy as np
 
 from . import access, assigned, convert, floats, flow, integers, warps
 from .faults import Trap, Unsupported
-from .machine import Control, Machine, Program, Step
+from .machine import DONE, Control, Machine, Program, Step
 from .parse import (
     RAW,
     Address,
@@ -230,7 +230,7 @@ class Halt(Jump):
     """The active lanes exit."""
 
     def __init__(self) -> None:
-        super().__init__(lambda m, at: m.finish())
+        super().__init__(lambda m, at: DONE)
 
 
 def _control_after(steps: list[Any]) -> list[int]:
