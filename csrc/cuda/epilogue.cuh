@@ -1,4 +1,4 @@
-// From integer sums to results: scales, offsets, bias, cast.
+// From sums to results: scales, offsets, bias, cast.
 #pragma once
 
 #include "tiles.h"
@@ -6,125 +6,118 @@
 
 namespace anyprec::cuda {
 
-// The part of the result that a lane has: columns n .. n + 3 of unit u are from column(u) on, rows
-// m, m + 1 of slice s from row(s) on.
+// The part of the result that a lane has: columns n, n + 1 of a strip from column(strip) on, rows
+// m, m + 1 of a slice from row(slice) on. Sum c of a strip and a slice is that of n + c / 2 and
+// m + c % 2.
 struct Place {
   int first_column, first_row;
 
-  __device__ int column(int u) const { return first_column + 32 * u; }
-  __device__ int row(int s) const { return first_row + 8 * s; }
+  __device__ int column(int strip) const { return first_column + 16 * strip; }
+  __device__ int row(int slice) const { return first_row + 8 * slice; }
 };
 
-// What sums over a group are multiplied by. With offsets the value of a code u is 2 s u + offset,
-// without 2 s u - s L.
-template <int kUnits, int kSlices>
+// What sums over a group are multiplied by: y += column_scale row_scale T + column_offset row_sum.
+template <int kStrips, int kSlices>
 struct Factors {
-  float scales[kUnits][4], offsets[kUnits][4];
-  float act_scales[kSlices][2], sums[kSlices][2];
+  float scales[kStrips][2], offsets[kStrips][2];
+  float act_scales[kSlices][2], act_sums[kSlices][2];
 
-  // For products of codes: y += a (2 s T + offset P), where T = sum p u and P = sum p.
+  // For sums T of p u_w and P of p: y = a (2 s T + offset P), where the offset is that of code 0, and
+  // -s L if there are none. P is left out unless `with_sums`.
   template <int kBits>
   __device__ void load_codes(const Gemm& p, const Place& at, int group, bool with_sums) {
     load_columns(p, at, group);
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (p.offsets == nullptr) offsets[u][i] = -scales[u][i] * max_level(kBits);
-        scales[u][i] *= 2;
-      }
-    }
+    for_all(scales, [&](int i, int j) {
+      if (p.offsets == nullptr) offsets[i][j] = -scales[i][j] * max_level(kBits);
+      scales[i][j] *= 2;
+    });
     int act_group = p.act_groups == 1 ? 0 : group;
-    for_rows(p, at, [&](int s, int i, int m) {
-      act_scales[s][i] = p.act_scales[int64_t{act_group} * p.m + m];
+    for_all(act_scales, [&](int i, int j) {
+      int m = stored_row(p, at, i, j);
+      act_scales[i][j] = p.act_scales[int64_t{act_group} * p.m + m];
       int32_t sum = static_cast<const int32_t*>(p.act_sums)[int64_t{group} * p.m + m];
-      sums[s][i] = with_sums ? act_scales[s][i] * static_cast<float>(sum) : 0;
+      act_sums[i][j] = with_sums ? act_scales[i][j] * static_cast<float>(sum) : 0.0f;
     });
   }
 
-  // For products of floats: y += s T + (offset + s L) P, where T = sum x q and P = sum x.
+  // For sums T of x q_w and P of x: y = s T + centre P, where the centre of the grid is s L + offset,
+  // and 0 if there are no offsets.
   template <int kBits>
   __device__ void load_floats(const Gemm& p, const Place& at, int group, bool with_sums) {
     load_columns(p, at, group);
     with_sums = with_sums && p.offsets != nullptr;
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) offsets[u][i] = fmaf(scales[u][i], max_level(kBits), offsets[u][i]);
-    }
-    for_rows(p, at, [&](int s, int i, int m) {
-      act_scales[s][i] = 1;
-      sums[s][i] =
-          with_sums ? static_cast<const float*>(p.act_sums)[int64_t{group} * p.m + m] : 0.0f;
+    for_all(scales, [&](int i, int j) {
+      offsets[i][j] = fmaf(scales[i][j], max_level(kBits), offsets[i][j]);
+    });
+    for_all(act_scales, [&](int i, int j) {
+      act_scales[i][j] = 1;
+      int64_t where = int64_t{group} * p.m + stored_row(p, at, i, j);
+      act_sums[i][j] = with_sums ? static_cast<const float*>(p.act_sums)[where] : 0.0f;
     });
   }
 
-  // y += the part of a group whose sums are sum(u, s, half, c).
-  template <typename Sum>
-  __device__ void add(float (&y)[kUnits][kSlices][2][4], const Sum& sum) const {
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-#pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            y[u][s][half][c] = add_one(y[u][s][half][c], u, s, half, c, sum(u, s, half, c));
-          }
-        }
-      }
-    }
-  }
-
-  __device__ float add_one(float y, int u, int s, int half, int c, float sum) const {
-    int column = 2 * half + c / 2, row = c % 2;
-    y = fmaf(act_scales[s][row] * scales[u][column], sum, y);
-    return fmaf(offsets[u][column], sums[s][row], y);
+  __device__ float add(float y, int strip, int slice, int c, float sum) const {
+    int column = c / 2, row = c % 2;
+    y = fmaf(act_scales[slice][row] * scales[strip][column], sum, y);
+    return fmaf(offsets[strip][column], act_sums[slice][row], y);
   }
 
  private:
-  __device__ void load_columns(const Gemm& p, const Place& at, int group) {
+  template <int kCount, typename F>
+  __device__ static void for_all(const float (&)[kCount][2], const F& f) {
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      int n = at.column(u);
+    for (int i = 0; i < kCount; ++i) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scales[u][i] = offsets[u][i] = 0;
-      if (n >= p.n) continue;
-      int64_t where = (int64_t{n / kTile} * p.groups + group) * kTile + n % kTile;
-      load_four(p.scale_dtype, p.scales, where, scales[u]);
-      if (p.offsets != nullptr) load_four(p.offset_dtype, p.offsets, where, offsets[u]);
+      for (int j = 0; j < 2; ++j) f(i, j);
     }
   }
 
-  template <typename Load>
-  __device__ static void for_rows(const Gemm& p, const Place& at, const Load& load) {
+  // Rows past the end are computed like the last one, and not stored.
+  __device__ static int stored_row(const Gemm& p, const Place& at, int slice, int row) {
+    return min(at.row(slice) + row, p.m - 1);
+  }
+
+  __device__ void load_columns(const Gemm& p, const Place& at, int group) {
 #pragma unroll
-    for (int s = 0; s < kSlices; ++s) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        int m = at.row(s) + i;
-        load(s, i, m < p.m ? m : p.m - 1);  // rows past the end are not stored
-      }
+    for (int i = 0; i < kStrips; ++i) {
+      int n = at.column(i);
+      scales[i][0] = scales[i][1] = offsets[i][0] = offsets[i][1] = 0;
+      if (n >= p.n) continue;
+      int64_t where = (int64_t{n / kTile} * p.groups + group) * kTile + n % kTile;
+      load_pack(p.scale_dtype, p.scales, where, scales[i]);
+      if (p.offsets != nullptr) load_pack(p.offset_dtype, p.offsets, where, offsets[i]);
     }
   }
 };
 
-// Writes value(u, s, half, c) of the lane to the result, or to its part of a split one.
-template <int kUnits, int kSlices, typename Value>
-__device__ inline void store(const Gemm& p, const Place& at, int split, const Value& value) {
-  bool whole = p.splits == 1, aligned = p.n % 4 == 0;
-  int64_t first = whole ? 0 : int64_t{split} * p.m * p.n;
+// Calls f(strip, slice, c) for each sum of a lane.
+template <int kStrips, int kSlices, typename F>
+__device__ inline void for_sums(const F& f) {
+#pragma unroll
+  for (int i = 0; i < kStrips; ++i) {
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) f(i, s, c);
+    }
+  }
+}
+
+// Writes value(strip, slice, c) to the result, or to this block's part of a split one.
+template <int kStrips, int kSlices, typename Value>
+__device__ inline void store(const Gemm& p, const Place& at, const Value& value) {
+  bool whole = p.splits == 1, aligned = p.n % 2 == 0;
+  int64_t first = whole ? 0 : int64_t{blockIdx.y} * p.m * p.n;
   DType dtype = whole ? p.out_dtype : DType::kF32;
 #pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    int n = at.column(u), count = p.n - n < 4 ? p.n - n : 4;
+  for (int i = 0; i < kStrips; ++i) {
+    int n = at.column(i), count = min(p.n - n, 2);
     if (count <= 0) continue;
-    float bias[4] = {};
+    float bias[2] = {};
     if (whole && p.bias != nullptr) {
       with_dtype(p.bias_dtype, p.bias, [&](auto* b) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) bias[i] = i < count ? to_float(b[n + i]) : 0.0f;
+        bias[0] = to_float(b[n]);
+        bias[1] = count == 2 ? to_float(b[n + 1]) : 0.0f;
       });
     }
 #pragma unroll
@@ -133,37 +126,25 @@ __device__ inline void store(const Gemm& p, const Place& at, int split, const Va
       for (int row = 0; row < 2; ++row) {
         int m = at.row(s) + row;
         if (m >= p.m) continue;
-        float y[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) y[i] = value(u, s, i / 2, 2 * (i % 2) + row) + bias[i];
-        store_four(dtype, p.out, first + int64_t{m} * p.n + n, y, count, aligned);
+        const float y[2] = {value(i, s, row) + bias[0], value(i, s, 2 + row) + bias[1]};
+        store_pack(dtype, p.out, first + int64_t{m} * p.n + n, y, count, aligned);
       }
     }
   }
 }
 
-// Writes sum q_x q_w = unit (2 T - L P) of a group, where sum(u, s, half, c) is T.
-template <int kBits, int kUnits, int kSlices, typename Sum>
+// Writes sum q_x q_w = unit (2 T - L P) of a group, where sum(strip, slice, c) is T.
+template <int kBits, int kStrips, int kSlices, typename Sum>
 __device__ inline void store_integers(const Gemm& p, const Place& at, int group, int unit,
                                       const Sum& sum) {
   auto* out = static_cast<int32_t*>(p.out);
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-#pragma unroll
-    for (int s = 0; s < kSlices; ++s) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          int n = at.column(u) + 2 * half + c / 2, m = at.row(s) + c % 2;
-          if (n >= p.n || m >= p.m) continue;
-          uint32_t all = static_cast<const uint32_t*>(p.act_sums)[int64_t{group} * p.m + m];
-          uint32_t twice = 2 * static_cast<uint32_t>(sum(u, s, half, c)) - max_level(kBits) * all;
-          out[(int64_t{m} * p.n + n) * p.groups + group] = static_cast<int32_t>(unit * twice);
-        }
-      }
-    }
-  }
+  for_sums<kStrips, kSlices>([&](int i, int s, int c) {
+    int n = at.column(i) + c / 2, m = at.row(s) + c % 2;
+    if (n >= p.n || m >= p.m) return;
+    uint32_t all = static_cast<const uint32_t*>(p.act_sums)[int64_t{group} * p.m + m];
+    uint32_t odd = 2 * static_cast<uint32_t>(sum(i, s, c)) - max_level(kBits) * all;
+    out[(int64_t{m} * p.n + n) * p.groups + group] = static_cast<int32_t>(unit * odd);
+  });
 }
 
 }  // namespace anyprec::cuda

@@ -61,26 +61,21 @@ __device__ inline int field_shift(int quad) {
   return kSize * (quad / kSize);
 }
 
-// The four codes of quads q and q + 4 of four columns, in the four bytes of lo and hi, `kShift` bits
+// The four codes of quads q and q + 4 of two columns, in the four bytes of lo and hi, `kShift` bits
 // up. read(i) gives word i of these columns, of `kBits` in all.
 template <int kBits, int kShift, int kFirst = 0, typename Read>
-__device__ inline void read_quads(int q, const Read& read, uint32_t (&lo)[4], uint32_t (&hi)[4]) {
+__device__ inline void read_quads(int q, const Read& read, uint32_t (&lo)[2], uint32_t (&hi)[2]) {
   constexpr int kSize = part_size(kBits, kFirst);
   constexpr uint32_t kMask = repeat_byte(((1u << kSize) - 1) << (kFirst + kShift) & 0xffu);
-  uint4 low = read(kFirst + field_word<kSize>(q));
-  uint4 high = kSize == 8 ? read(field_word<8>(q + 4)) : low;
-  const uint32_t lows[4] = {low.x, low.y, low.z, low.w};
-  const uint32_t highs[4] = {high.x, high.y, high.z, high.w};
+  uint2 low = read(kFirst + field_word<kSize>(q));
+  uint2 high = kSize == 8 ? read(field_word<8>(q + 4)) : low;
   // Rotated, because a lane's field may lie below or above its place in the code.
+  auto take = [](uint32_t x, int turn) { return __funnelshift_r(x, x, turn) & kMask; };
   int turn = field_shift<kSize>(q) - kFirst - kShift;
   int high_turn = field_shift<kSize>(q + 4) - kFirst - kShift;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    uint32_t x = __funnelshift_r(lows[i], lows[i], turn) & kMask;
-    uint32_t y = __funnelshift_r(highs[i], highs[i], high_turn) & kMask;
-    lo[i] = kFirst == 0 ? x : lo[i] | x;
-    hi[i] = kFirst == 0 ? y : hi[i] | y;
-  }
+  if (kFirst == 0) lo[0] = lo[1] = hi[0] = hi[1] = 0;
+  lo[0] |= take(low.x, turn), lo[1] |= take(low.y, turn);
+  hi[0] |= take(high.x, high_turn), hi[1] |= take(high.y, high_turn);
   if constexpr (kFirst + kSize < kBits) {
     read_quads<kBits, kShift, kFirst + kSize>(q, read, lo, hi);
   }

@@ -39,80 +39,111 @@ struct Config {
   static_assert(kStages >= 2, "copies can't run ahead");
 };
 
-// Row of shared memory for a field of a word, among those of a block.
+// Copies the blocks of a tile into shared memory, one after another and pass after pass. A thread
+// copies pieces of 16 bytes that lie apart by constants: of weights the same four columns in every
+// kRowStep-th row, of activations every kThreads-th piece.
 template <typename Config>
-__device__ constexpr int weight_row(int word, int field) {
-  return Config::kMethod == Method::kPlanes ? field * Config::kWords + word
-                                            : word * Config::kBits + field;
-}
+class Loader {
+ public:
+  __device__ Loader(const Gemm& p, const TileOrigin& origin, uint8_t* shared, int first, int last)
+      : p_(p), first_(first), last_(last), block_(first), pass_(0) {
+    int piece = threadIdx.x % kRowPieces, column = origin.n + piece * 4;
+    row_ = threadIdx.x / kRowPieces;
+    inside_ = column < tiles(p.n) * kTile;
+    // Where nothing is read there still is an address.
+    int64_t tile = inside_ ? column / kTile : 0;
+    weights_ = reinterpret_cast<const uint4*>(p.weights) + tile * p.words * kBits * kTilePieces +
+               piece % kTilePieces;
+    to_ = shared + row_ * Config::kRowBytes + piece * 16;
+    rows_left_ = p.m - origin.m;
+    values_ = reinterpret_cast<const uint4*>(p.payload) + int64_t{origin.m} * kBlockPieces;
+  }
 
-// Starts the copies of block `block` of K and pass `pass` into a stage. Places are counted in pieces
-// of 16 bytes, of which 32 bits can tell 64 GiB.
-template <typename Config>
-__device__ inline void load_stage(const Gemm& p, const TileOrigin& origin, uint8_t* stage,
-                                  int block, int pass) {
-  constexpr int kRows = Config::kBits * Config::kWords;     // of a column's words in a block
-  constexpr int kPieces = kTile * 4 / 16;                   // of a tile's row
-  constexpr int kAll = Config::kShape.columns() / kTile * kRows * kPieces;
-  auto* weights = reinterpret_cast<const uint4*>(p.weights);
-  uint32_t tile_pieces = static_cast<uint32_t>(p.words) * Config::kBits * kPieces;
-  uint32_t first_piece = origin.n / kTile * tile_pieces + block * kRows * kPieces;
-  // Not more at once, because addresses would fill the registers.
-#pragma unroll 2
-  for (int first = 0; first < kAll; first += Config::kThreads) {
-    int i = first + threadIdx.x;
-    if (kAll % Config::kThreads != 0 && i >= kAll) break;
-    int tile = i / (kRows * kPieces), piece = i % (kRows * kPieces);
-    int row = piece / kPieces, word = row / Config::kBits, field = row % Config::kBits;
-    bool valid = origin.n + tile * kTile < p.n && block * Config::kWords + word < p.words;
-    copy_async(stage + weight_row<Config>(word, field) * Config::kRowBytes + tile * 128 +
-                   piece % kPieces * 16,
-               weights + (valid ? first_piece + tile * tile_pieces + piece : 0), valid);
+  // Starts the copies of the next block, if there is one. Ends a group of copies in any case, so
+  // that groups are counted like blocks.
+  __device__ void start(int stage) {
+    if (pass_ < p_.passes && first_ < last_) {
+      copy_weights(to_ + stage * Config::kStageBytes);
+      copy_values(to_ + stage * Config::kStageBytes);
+      if (++block_ == last_) block_ = first_, ++pass_;
+    }
+    commit_copies();
   }
-  constexpr int kValues = Config::kShape.rows() * kBlockBytes / 16;
-  auto* values = reinterpret_cast<const uint4*>(p.payload);
-  uint32_t rows_before = (static_cast<uint32_t>(pass) * p.blocks + block) * p.m + origin.m;
+
+ private:
+  static constexpr int kBits = Config::kBits, kWords = Config::kWords;
+  static constexpr int kTilePieces = kTile * 4 / 16;
+  static constexpr int kRowPieces = Config::kShape.columns() / 4;
+  static constexpr int kRowStep = Config::kThreads / kRowPieces;
+  static constexpr int kRows = kBits * kWords;
+  static constexpr int kBlockPieces = kBlockBytes / 16;
+  static_assert(Config::kThreads % kRowPieces == 0);
+  static_assert(Config::kMethod != Method::kPlanes || kWords % kRowStep == 0);
+
+  // Rows of shared memory are fields of words, as in tiles; for planes words of fields.
+  __device__ void copy_weights(uint8_t* to) const {
+    int words_left = p_.words - block_ * kWords;
+    auto* from = weights_ + int64_t{block_} * kRows * kTilePieces;
 #pragma unroll
-  for (int first = 0; first < kValues; first += Config::kThreads) {
-    int i = first + threadIdx.x;
-    if (kValues % Config::kThreads != 0 && i >= kValues) break;
-    bool valid = origin.m + i / 4 < p.m;
-    copy_async(stage + Config::kWeightBytes + i * 16, values + (valid ? rows_before * 4 + i : 0),
-               valid);
+    for (int row = 0; row < kRows; row += kRowStep) {
+      bool there = kRows % kRowStep == 0 || row_ + row < kRows;
+      if (!there) break;
+      if constexpr (Config::kMethod == Method::kPlanes) {
+        int word = row_ + row % kWords;
+        bool valid = inside_ && word < words_left;
+        copy_async(to + row * Config::kRowBytes,
+                   from + (valid ? (word * kBits + row / kWords) * kTilePieces : 0), valid);
+      } else {
+        bool valid = inside_ && row_ + row < words_left * kBits;
+        copy_async(to + row * Config::kRowBytes, from + (valid ? (row_ + row) * kTilePieces : 0),
+                   valid);
+      }
+    }
   }
-}
+
+  __device__ void copy_values(uint8_t* to) const {
+    constexpr int kPieces = Config::kShape.rows() * kBlockPieces;
+    // From the thread's place among rows of weights to that among activations.
+    to += Config::kWeightBytes + threadIdx.x * 16 - row_ * Config::kRowBytes -
+          threadIdx.x % kRowPieces * 16;
+    auto* from = values_ + (int64_t{pass_} * p_.blocks + block_) * p_.m * kBlockPieces;
+#pragma unroll
+    for (int first = 0; first < kPieces; first += Config::kThreads) {
+      int i = first + threadIdx.x;
+      if (kPieces % Config::kThreads != 0 && i >= kPieces) break;
+      bool valid = i < rows_left_ * kBlockPieces;
+      copy_async(to + first * 16, from + (valid ? i : 0), valid);
+    }
+  }
+
+  const Gemm& p_;
+  int first_, last_, block_, pass_;
+  int row_, rows_left_;
+  bool inside_;
+  const uint4* weights_;
+  const uint4* values_;
+  uint8_t* to_;
+};
 
 // Runs step(stage, block, pass) over the blocks first .. last - 1 of each pass, while copies for the
-// next stages are under way. Calls next_pass() between passes.
+// next ones are under way. Calls next_pass() between passes.
 template <typename Config, typename Step, typename NextPass>
 __device__ inline void for_blocks(const Gemm& p, const TileOrigin& origin, uint8_t* shared,
                                   int first, int last, const Step& step,
                                   const NextPass& next_pass) {
-  struct Position {
-    int block, pass;
-  };
-  auto advance = [&](Position& at) {
-    if (++at.block == last) at = {first, at.pass + 1};
-  };
-  int total = (last - first) * p.passes;
-  Position ahead = {first, 0};
-  auto start = [&](int i) {
-    if (i < total) {
-      load_stage<Config>(p, origin, shared + i % Config::kStages * Config::kStageBytes, ahead.block,
-                         ahead.pass);
-      advance(ahead);
+  Loader<Config> loader(p, origin, shared, first, last);
+  for (int stage = 0; stage < Config::kStages - 1; ++stage) loader.start(stage);
+  int stage = 0, ahead = Config::kStages - 1;
+  for (int pass = 0; pass < p.passes; ++pass) {
+    if (pass > 0) next_pass();
+    for (int block = first; block < last; ++block) {
+      wait_copies<Config::kStages - 2>();
+      __syncthreads();  // all copies are visible, and nobody reads the stage that is next written
+      loader.start(ahead);
+      step(shared + stage * Config::kStageBytes, block, pass);
+      stage = stage + 1 == Config::kStages ? 0 : stage + 1;
+      ahead = ahead + 1 == Config::kStages ? 0 : ahead + 1;
     }
-    commit_copies();  // empty ones too, so that counts of groups stay those of stages
-  };
-  for (int i = 0; i < Config::kStages - 1; ++i) start(i);
-  Position at = {first, 0};
-  for (int i = 0; i < total; ++i) {
-    wait_copies<Config::kStages - 2>();
-    __syncthreads();  // all copies are visible, and nobody reads the stage that is next written
-    start(i + Config::kStages - 1);
-    if (at.block == first && at.pass > 0) next_pass();
-    step(shared + i % Config::kStages * Config::kStageBytes, at.block, at.pass);
-    advance(at);
   }
 }
 
@@ -120,20 +151,20 @@ __device__ inline void for_blocks(const Gemm& p, const TileOrigin& origin, uint8
 template <typename Config>
 struct Lane {
   static constexpr Shape kShape = Config::kShape;
-  int q, column, row;  // first of four columns; row of activations that it reads
+  int q, g, column, row;  // of the lane in a strip and a slice, and where the warp's part begins
 
   __device__ Lane() {
     int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    q = lane % 4;
-    column = warp % kShape.warps_n * kShape.units * 32 + lane / 4 * 4;
+    q = lane % 4, g = lane / 4;
+    column = warp % kShape.warps_n * kShape.strips * 16;
     row = warp / kShape.warps_n * kShape.slices * 8;
   }
   __device__ Place place(const TileOrigin& origin) const {
-    return {origin.n + column, origin.m + row + 2 * q};
+    return {origin.n + column + 2 * g, origin.m + row + 2 * q};
   }
   __device__ Stage<Config::kRowBytes> stage(const uint8_t* at) const {
-    int g = threadIdx.x % kWarp / 4;
-    return {at + column * 4, at + Config::kWeightBytes + (row + g) * kBlockBytes + q * 16};
+    return {at + (column + 2 * g) * 4,
+            at + Config::kWeightBytes + (row + g) * kBlockBytes + q * 16};
   }
 };
 
@@ -143,16 +174,9 @@ __device__ inline void read_values(const Stage& stage, uint4 (&x)[kSlices]) {
   for (int s = 0; s < kSlices; ++s) x[s] = stage.values(s);
 }
 
-template <typename T, int kUnits, int kSlices>
-__device__ inline void fill(T (&t)[kUnits][kSlices][2][4], T value) {
-#pragma unroll
-  for (auto& unit : t) {
-    for (auto& slice : unit) {
-      for (auto& half : slice) {
-        for (T& x : half) x = value;
-      }
-    }
-  }
+template <typename T, int kStrips, int kSlices>
+__device__ inline void fill(T (&t)[kStrips][kSlices][4], T value) {
+  for_sums<kStrips, kSlices>([&](int i, int s, int c) { t[i][s][c] = value; });
 }
 
 // Blocks of K that this part of a split product has.
@@ -166,35 +190,37 @@ __device__ inline int last_block(const Gemm& p) {
 constexpr int32_t kCountedBits = 0x4b400000;
 constexpr float kCountedFrom = 0x1.8p23f;
 
-template <typename Config, typename Engine>
-__device__ inline void apply_group(const Gemm& p, const Place& at, int group, bool ends, int pass,
-                                   bool counted, Engine& engine,
-                                   float (&y)[Config::kShape.units][Config::kShape.slices][2][4]) {
-  auto sum = [&](int u, int s, int half, int c) { return engine.t[u][s][half][c]; };
-  Factors<Config::kShape.units, Config::kShape.slices> factors;
+// Adds a group's part to y and starts the next one.
+template <typename Config, typename Engine, typename Y>
+__device__ inline void end_group(const Gemm& p, const Place& at, int group, bool with_sums,
+                                 bool counted, Engine& engine, Y& y) {
+  constexpr int kStrips = Config::kShape.strips, kSlices = Config::kShape.slices;
+  auto& t = engine.t;
+  Factors<kStrips, kSlices> factors;
+  auto add = [&](const auto& sum) {
+    for_sums<kStrips, kSlices>([&](int i, int s, int c) {
+      y[i][s][c] = factors.add(y[i][s][c], i, s, c, sum(t[i][s][c]));
+    });
+  };
   if constexpr (Config::kMethod == Method::kFloat) {
-    factors.template load_floats<Config::kBits>(p, at, group, ends && pass == 0);
-    factors.add(y, sum);
-    fill(engine.t, 0.0f);
+    factors.template load_floats<Config::kBits>(p, at, group, with_sums);
+    add([](float x) { return x; });
+    fill(t, 0.0f);
   } else {
+    int zero = counted ? kCountedBits : 0;
     if (p.integers) {
-      int unit = act_unit(p.act_bits), zero = counted ? kCountedBits : 0;
-      store_integers<Config::kBits, Config::kShape.units, Config::kShape.slices>(
-          p, at, group, unit,
-          [&](int u, int s, int half, int c) { return sum(u, s, half, c) - zero; });
+      store_integers<Config::kBits, kStrips, kSlices>(
+          p, at, group, act_unit(p.act_bits),
+          [&](int i, int s, int c) { return t[i][s][c] - zero; });
     } else {
-      factors.template load_codes<Config::kBits>(p, at, group, ends);
+      factors.template load_codes<Config::kBits>(p, at, group, with_sums);
       if (counted) {
-        factors.add(y, [&](int u, int s, int half, int c) {
-          return __int_as_float(sum(u, s, half, c)) - kCountedFrom;
-        });
+        add([](int32_t x) { return __int_as_float(x) - kCountedFrom; });
       } else {
-        factors.add(y, [&](int u, int s, int half, int c) {
-          return static_cast<float>(sum(u, s, half, c));
-        });
+        add([](int32_t x) { return static_cast<float>(x); });
       }
     }
-    fill(engine.t, counted ? kCountedBits : 0);
+    fill(t, zero);
   }
 }
 
@@ -202,7 +228,7 @@ __device__ inline void apply_group(const Gemm& p, const Place& at, int group, bo
 template <typename Config, template <int, int, int> typename EngineOf>
 __device__ inline void gemm_grouped(const Gemm& p, uint8_t* shared) {
   constexpr Shape kShape = Config::kShape;
-  using Engine = EngineOf<Config::kBits, kShape.units, kShape.slices>;
+  using Engine = EngineOf<Config::kBits, kShape.strips, kShape.slices>;
   using Value = typename Engine::Value;
   TileOrigin origin = tile_origin<Config>(p);
   Lane<Config> lane;
@@ -211,7 +237,7 @@ __device__ inline void gemm_grouped(const Gemm& p, uint8_t* shared) {
                  int64_t{p.group_words} * kWordBits * 128 * max_level(Config::kBits) < 1 << 22;
   Engine engine;
   fill(engine.t, counted ? static_cast<Value>(kCountedBits) : Value{0});
-  float y[kShape.units][kShape.slices][2][4];
+  float y[kShape.strips][kShape.slices][4];
   fill(y, 0.0f);
   int first = first_block(p), last = last_block(p);
   int last_word = min(p.words, last * Config::kWords) - 1;
@@ -226,36 +252,36 @@ __device__ inline void gemm_grouped(const Gemm& p, uint8_t* shared) {
           engine.multiply(lane.q, stage, x, i);
           int word = block * Config::kWords + i, group = word / p.group_words;
           bool ends = (word + 1) % p.group_words == 0 || word + 1 == p.words;
+          // The group's sum of activations counts once.
           if (word < p.words && (ends || word == last_word)) {
-            apply_group<Config>(p, at, group, ends, pass, counted, engine, y);
+            end_group<Config>(p, at, group, ends && pass == 0, counted, engine, y);
           }
         }
       },
       [] {});
   if (p.integers) return;
-  store<kShape.units, kShape.slices>(
-      p, at, blockIdx.y, [&](int u, int s, int half, int c) { return y[u][s][half][c]; });
+  store<kShape.strips, kShape.slices>(p, at, [&](int i, int s, int c) { return y[i][s][c]; });
 }
 
-// Writes the result of a single group whose sums are sum(u, s, half, c).
+// Writes the result of a single group whose sums are sum(strip, slice, c).
 template <typename Config, typename Sum>
 __device__ inline void finish(const Gemm& p, const Place& at, int unit, const Sum& sum) {
-  constexpr int kUnits = Config::kShape.units, kSlices = Config::kShape.slices;
+  constexpr int kStrips = Config::kShape.strips, kSlices = Config::kShape.slices;
   if constexpr (Config::kMethod != Method::kFloat) {
     if (p.integers) {
-      store_integers<Config::kBits, kUnits, kSlices>(p, at, 0, unit, sum);
+      store_integers<Config::kBits, kStrips, kSlices>(p, at, 0, unit, sum);
       return;
     }
   }
-  Factors<kUnits, kSlices> factors;
-  bool ends = last_block(p) == p.blocks;
+  Factors<kStrips, kSlices> factors;
+  bool with_sums = last_block(p) == p.blocks;  // in one of the parts of a split product
   if constexpr (Config::kMethod == Method::kFloat) {
-    factors.template load_floats<Config::kBits>(p, at, 0, ends);
+    factors.template load_floats<Config::kBits>(p, at, 0, with_sums);
   } else {
-    factors.template load_codes<Config::kBits>(p, at, 0, ends);
+    factors.template load_codes<Config::kBits>(p, at, 0, with_sums);
   }
-  store<kUnits, kSlices>(p, at, blockIdx.y, [&](int u, int s, int half, int c) {
-    return factors.add_one(0.0f, u, s, half, c, static_cast<float>(sum(u, s, half, c)));
+  store<kStrips, kSlices>(p, at, [&](int i, int s, int c) {
+    return factors.add(0.0f, i, s, c, static_cast<float>(sum(i, s, c)));
   });
 }
 
@@ -263,10 +289,9 @@ __device__ inline void finish(const Gemm& p, const Place& at, int unit, const Su
 template <typename Config, template <int, int, int> typename EngineOf>
 __device__ inline void gemm_whole(const Gemm& p, uint8_t* shared) {
   constexpr Shape kShape = Config::kShape;
-  using Engine = EngineOf<Config::kBits, kShape.units, kShape.slices>;
+  using Engine = EngineOf<Config::kBits, kShape.strips, kShape.slices>;
   TileOrigin origin = tile_origin<Config>(p);
   Lane<Config> lane;
-  Place at = lane.place(origin);
   Engine engine;
   fill(engine.t, typename Engine::Value{0});
   for_blocks<Config>(
@@ -279,8 +304,8 @@ __device__ inline void gemm_whole(const Gemm& p, uint8_t* shared) {
         for (int i = 0; i < Config::kWords; ++i) engine.multiply(lane.q, stage, x, i);
       },
       [] {});
-  finish<Config>(p, at, act_unit(p.act_bits),
-                 [&](int u, int s, int half, int c) { return engine.t[u][s][half][c]; });
+  finish<Config>(p, lane.place(origin), act_unit(p.act_bits),
+                 [&](int i, int s, int c) { return engine.t[i][s][c]; });
 }
 
 // Products by planes, whose weights have a single group.
@@ -289,8 +314,7 @@ __device__ inline void gemm_planes(const Gemm& p, uint8_t* shared) {
   constexpr Shape kShape = Config::kShape;
   TileOrigin origin = tile_origin<Config>(p);
   Lane<Config> lane;
-  Place at = lane.place(origin);
-  PlanesEngine<Config::kBits, kShape.units, kShape.slices> engine{};
+  PlanesEngine<Config::kBits, kShape.strips, kShape.slices> engine{};
   for_blocks<Config>(
       p, origin, shared, first_block(p), last_block(p),
       [&](const uint8_t* data, int, int pass) {
@@ -301,9 +325,8 @@ __device__ inline void gemm_planes(const Gemm& p, uint8_t* shared) {
       },
       [&] { engine.next_plane(); });
   int centre = act_centre(p.act_bits);
-  finish<Config>(p, at, 1, [&](int u, int s, int half, int c) {
-    return engine.sum(u, s, half, c, centre);
-  });
+  finish<Config>(p, lane.place(origin), 1,
+                 [&](int i, int s, int c) { return engine.sum(i, s, c, centre); });
 }
 
 template <Method kMethod, int kBits, Tile kTile>

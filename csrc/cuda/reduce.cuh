@@ -15,7 +15,7 @@ __device__ inline void reduce(const Reduce& p) {
     const float* part = p.parts + split * p.count + at;
     float x[4] = {};
     if (aligned) {
-      load_four(DType::kF32, part, 0, x);
+      load_pack(DType::kF32, part, 0, x);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = i < count ? part[i] : 0.0f;
@@ -29,7 +29,7 @@ __device__ inline void reduce(const Reduce& p) {
       for (int i = 0; i < 4; ++i) y[i] += i < count ? to_float(bias[(at + i) % p.n]) : 0.0f;
     });
   }
-  store_four(p.out_dtype, p.out, at, y, count, aligned);
+  store_pack(p.out_dtype, p.out, at, y, count, aligned);
 }
 
 }  // namespace anyprec::cuda

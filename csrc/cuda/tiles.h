@@ -11,11 +11,12 @@ namespace anyprec::cuda {
 // applies scales only once, so it has registers for a larger tile and is for a single weight group.
 enum class Tile : int32_t { kNarrow, kMedium, kWide, kWhole };
 
-// A warp computes 32 * units columns by 8 * slices rows; warps_n by warps_m of them are a block.
+// A warp computes strips of 16 columns by slices of 8 rows, as instructions do; warps_n by warps_m of
+// them are a block.
 struct Shape {
-  int units, slices, warps_n, warps_m;
+  int strips, slices, warps_n, warps_m;
 
-  constexpr int columns() const { return 32 * units * warps_n; }
+  constexpr int columns() const { return 16 * strips * warps_n; }
   constexpr int rows() const { return 8 * slices * warps_m; }
   constexpr int threads() const { return 32 * warps_n * warps_m; }
 };
@@ -24,17 +25,17 @@ struct Shape {
 // kWhole fill the registers that 256 threads have.
 constexpr Shape tile_shape(Method method, int weight_bits, Tile tile) {
   if (method == Method::kPlanes) {
-    if (tile == Tile::kNarrow) return {1, weight_bits <= 4 ? 2 : 1, weight_bits <= 4 ? 4 : 2, 1};
-    if (weight_bits == 1) return {2, 8, 4, 2};
-    if (weight_bits == 2) return {1, 8, 4, 2};
-    if (weight_bits <= 4) return {1, 4, 4, 2};
-    return {1, 1, 2, 4};
+    if (tile == Tile::kNarrow) return {2, weight_bits <= 4 ? 2 : 1, weight_bits <= 4 ? 4 : 2, 1};
+    if (weight_bits == 1) return {4, 8, 4, 2};
+    if (weight_bits == 2) return {2, 8, 4, 2};
+    if (weight_bits <= 4) return {2, 4, 4, 2};
+    return {2, 1, 2, 4};
   }
   switch (tile) {
-    case Tile::kNarrow: return {1, 2, 4, 1};
-    case Tile::kMedium: return {1, 8, 4, 1};
-    case Tile::kWide: return {2, 4, 2, 4};
-    case Tile::kWhole: return {2, 8, 4, 2};
+    case Tile::kNarrow: return {2, 2, 4, 1};
+    case Tile::kMedium: return {4, 4, 2, 2};
+    case Tile::kWide: return {4, 4, 2, 4};
+    case Tile::kWhole: return {4, 8, 4, 2};
   }
   return {};
 }

@@ -26,37 +26,40 @@ __device__ inline void with_dtype(DType dtype, const void* p, F&& f) {
   }
 }
 
-// Four neighbours, as wide as memory gives them; `at` is a multiple of 4.
-template <typename T>
-struct alignas(4 * sizeof(T)) Four {
-  T x[4];
+// `kCount` neighbours, read and written as one.
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T)) Pack {
+  T x[kCount];
 };
 
-__device__ inline void load_four(DType dtype, const void* p, int64_t at, float (&out)[4]) {
+// kCount floats from element `at`, a multiple of kCount.
+template <int kCount>
+__device__ inline void load_pack(DType dtype, const void* p, int64_t at, float (&out)[kCount]) {
   with_dtype(dtype, p, [&](auto* typed) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    Four<T> four = *reinterpret_cast<const Four<T>*>(typed + at);
+    auto pack = *reinterpret_cast<const Pack<T, kCount>*>(typed + at);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = to_float(four.x[i]);
+    for (int i = 0; i < kCount; ++i) out[i] = to_float(pack.x[i]);
   });
 }
 
-// x[0 .. count - 1] to p[at ..], in one piece if they are four and `aligned`.
-__device__ inline void store_four(DType dtype, void* p, int64_t at, const float (&x)[4], int count,
-                                  bool aligned) {
+// x[0 .. count - 1] to p[at ..], at once if they are all and `aligned`.
+template <int kCount>
+__device__ inline void store_pack(DType dtype, void* p, int64_t at, const float (&x)[kCount],
+                                  int count, bool aligned) {
   with_dtype(dtype, p, [&](auto* typed) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
     T* out = const_cast<T*>(typed) + at;
-    Four<T> four;
+    Pack<T, kCount> pack;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) from_float(x[i], four.x[i]);
-    if (aligned && count == 4) {
-      *reinterpret_cast<Four<T>*>(out) = four;
+    for (int i = 0; i < kCount; ++i) from_float(x[i], pack.x[i]);
+    if (aligned && count == kCount) {
+      *reinterpret_cast<Pack<T, kCount>*>(out) = pack;
       return;
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i < count) out[i] = four.x[i];
+    for (int i = 0; i < kCount; ++i) {
+      if (i < count) out[i] = pack.x[i];
     }
   });
 }
