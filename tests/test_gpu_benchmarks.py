@@ -269,6 +269,7 @@ def test_rows_say_what_was_measured(lines: list[dict]) -> None:
     assert ours["weight_bits"] == ours["act_bits"] == 1
     assert ours["cold"]
     assert ours["calls"] == ["jax_anyprec_cpu_matmul"]
+    assert ours["kernel"]["method"] in ("planes", "codes")
     # x in bfloat16, planes, scales in float32, y in bfloat16.
     assert ours["moved_bytes"] == 2 * 5 * 256 + 256 * 256 // 8 + 4 * 256 + 2 * 5 * 256
     assert ours["tops"] == pytest.approx(2 * 5 * 256 * 256 / ours["us"] / 1e6)
@@ -279,6 +280,7 @@ def test_rows_say_what_was_measured(lines: list[dict]) -> None:
 def measured(contestant: str, m: int, factor: float) -> dict:
     row = {"layer": "square", "m": m, "n": 4096, "k": 4096, "contestant": contestant}
     row |= {"implementation": "cuda", "us": 10.0, "factor_over_bf16": factor, "cold": True}
+    row |= {"kernel": {"method": "planes", "tile": "wide"}, "calls": []}
     return row | {"roofline_share": 0.5, "floor_limit": "b1"}
 
 
@@ -299,6 +301,7 @@ def test_summary_says_which_targets_are_met() -> None:
     assert "| W4A4 | 1.3 |  |  |  | not measured |" in text
     assert "| square | 4096 x 4096 | 16 | 0.90 |" in text  # slower than bf16
     assert "50% b1" in text
+    assert "planes wide" in text
     assert "| fp8 | no \\| fp8 |" in text
 
 

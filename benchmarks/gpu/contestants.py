@@ -78,10 +78,14 @@ class Contestant:
     def calls(self) -> list[str]:
         """Libraries' and our own kernels in the compiled program: what XLA made of a dot."""
         text = self.program.text()
-        return sorted({*re.findall(r'custom_call_target="([^"]+)"', text), *_TRITON.findall(text)})
+        found = re.findall(r'custom_call_target="([^"]+)"', text)
+        return sorted({*found, *re.findall(r"__triton_\w+", text)})
 
+    @property
+    def kernel(self) -> dict[str, str]:
+        """What was planned for our product, such as its method, tile and splits along K."""
+        return dict(re.findall(r'\b(method|tile|splits) = "?(\w+)', self.program.text()))
 
-_TRITON = re.compile(r"__triton_\w+")
 
 Operation = Callable[..., Any]
 

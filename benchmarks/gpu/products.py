@@ -114,7 +114,8 @@ def choose(case: Case, selection: Selection, platform: str, families: bool) -> I
         implementations = [platform]
         if precision.pair.activations is not None:
             quantized[precision.pair.activations, precision.group_size] = None
-            implementations += [f"{platform}_planes", f"{platform}_codes"] * families
+            if families and precision.group_size is None:  # there is one family for groups
+                implementations += [f"{platform}_planes", f"{platform}_codes"]
         for name in implementations:
             make = functools.partial(contestants.ours, case, precision, name)
             yield f"{precision}, {name}", make
@@ -163,6 +164,7 @@ def describe(case: Case, contestant: Contestant, times: list[float], baseline: l
         "copies": copies,
         "cold": (copies - 1) * contestant.moved >= 2 * case.cache_bytes,
         "calls": contestant.calls,
+        "kernel": contestant.kernel,
     }
     if contestant.weight_bytes:  # it is a product
         row |= {

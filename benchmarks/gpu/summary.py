@@ -40,6 +40,9 @@ def summarize(lines: Iterable[str]) -> str:
             [row for row in good if "roofline_share" in row],
             lambda row: f"{row['roofline_share']:.0%} {row['floor_limit']}",
         ),
+        "Kernels": by_contestant(
+            [row for row in good if row["kernel"]], lambda row: " ".join(row["kernel"].values())
+        ),
         "Slower than XLA's bf16": slower_table(products, platform),
         "What XLA made of its dots": dot_table(good),
         "Errors": error_table(rows),
