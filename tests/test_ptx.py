@@ -305,6 +305,59 @@ FLOATS = [
     ),
 ]  # fmt: skip
 CASES = INTEGERS + FLOATS
+
+
+class Special(NamedTuple):
+    """PTX on bits, and rows of operands and the result."""
+
+    asm: str
+    rows: list[tuple[int, ...]]
+
+
+ONE, NAN, INF, MINUS, TINY, NAN16 = 0x3F800000, 0x7FC01234, 0x7F800000, 1 << 31, 3, 0x7FFF
+CANONICAL = 0x7FFFFFFF
+SPECIALS = [
+    Special("add.f32 %0, %1, %2;", [
+        (NAN, ONE, CANONICAL), (INF, INF | MINUS, CANONICAL), (INF, ONE, INF), (MINUS, 0, 0),
+        (MINUS, MINUS, MINUS), (TINY, TINY, 6), (0x7F7FFFFF, 0x7F7FFFFF, INF)]),
+    Special("add.ftz.f32 %0, %1, %2;", [(TINY, TINY, 0), (ONE, TINY, ONE),
+                                        (0x00800000, 0x80800001, 0x80000000)]),
+    Special("add.rz.f32 %0, %1, %2;", [
+        (ONE, 0x33FFFFFF, ONE), (ONE | MINUS, 0xB3FFFFFF, ONE | MINUS),
+        (ONE, 0xB3000000, 0x3F7FFFFF)]),
+    Special("mul.f32 %0, %1, %2;", [(0, INF, CANONICAL), (TINY, 0x3F000000, 2),
+                                    (MINUS, ONE, MINUS)]),
+    Special("fma.rn.f32 %0, %1, %2, %2;", [(NAN, ONE, CANONICAL), (INF, ONE, INF)]),
+    Special("div.rn.f32 %0, %1, %2;", [(ONE, 0, INF), (ONE, MINUS, INF | MINUS),
+                                       (0, 0, CANONICAL)]),
+    Special("sqrt.rn.f32 %0, %1;", [(0x40000000, 0x3FB504F3), (ONE | MINUS, CANONICAL),
+                                    (MINUS, MINUS), (INF, INF), (0x40800000, 0x40000000)]),
+    Special("min.f32 %0, %1, %2;", [(NAN, ONE, ONE), (ONE, NAN, ONE), (NAN, NAN, CANONICAL),
+                                    (0, MINUS, MINUS), (MINUS, 0, MINUS)]),
+    Special("max.f32 %0, %1, %2;", [(NAN, ONE, ONE), (NAN, NAN, CANONICAL), (0, MINUS, 0),
+                                    (MINUS, 0, 0)]),
+    Special("min.NaN.f32 %0, %1, %2;", [(NAN, ONE, CANONICAL), (ONE, NAN, CANONICAL)]),
+    Special("cvt.rni.s32.f32 %0, %1;", [
+        (NAN, 0), (INF, 0x7FFFFFFF), (INF | MINUS, 1 << 31), (0x3F000000, 0), (0x3FC00000, 2),
+        (0xBF000001, 0xFFFFFFFF)]),
+    Special("cvt.rzi.u32.f32 %0, %1;", [(NAN, 0), (ONE | MINUS, 0), (INF, 0xFFFFFFFF)]),
+    Special("cvt.sat.f32.f32 %0, %1;", [(NAN, 0), (ONE | MINUS, 0), (INF, ONE)]),
+    Special("{ .reg .b16 h; cvt.rn.bf16.f32 h, %1; mov.b32 %0, {h, h}; }", [
+        (NAN, NAN16 * 0x10001), (INF, 0x7F807F80), (0x7F7FFFFF, 0x7F807F80),
+        (0x3F808000, 0x3F803F80), (0x3F818000, 0x3F823F82)]),
+    Special("{ .reg .b16 h; cvt.rn.f16.f32 h, %1; mov.b32 %0, {h, h}; }", [
+        (NAN, NAN16 * 0x10001), (INF, 0x7C007C00), (0x477FF000, 0x7C007C00), (0x33000000, 0)]),
+    Special("fma.rn.relu.bf16x2 %0, %1, %2, %2;", [(0xBF803F80, 0x40004000, 0x00004080)]),
+    Special("fma.rn.bf16x2 %0, %1, %1, %2;", [(0x7FC03F80, 0x40007F80, 0x7FFF7F80)]),
+    Special("ex2.approx.ftz.f32 %0, %1;", [(0x40400000, 0x41000000), (INF | MINUS, 0)]),
+    *(
+        Special(f"{{ .reg .pred p; setp.{r}.f32 p, %1, %2; selp.u32 %0, 1, 0, p; }}",
+                [(NAN, ONE, nan), (ONE, NAN, nan), (MINUS, 0, equal), (INF, INF, equal)])
+        for r, nan, equal in (("lt", 0, 0), ("ltu", 1, 0), ("ne", 0, 0), ("neu", 1, 0),
+                              ("eq", 0, 1), ("equ", 1, 1), ("ge", 0, 1), ("geu", 1, 1),
+                              ("num", 0, 1), ("nan", 1, 0))
+    ),
+]  # fmt: skip
 CONSTRAINTS = {2: "h", 4: "r", 8: "l"}
 
 
@@ -330,12 +383,19 @@ def case_kernel(index: int, case: Case) -> str:
     )
 
 
+def special_case(special: Special) -> Case:
+    return Case(special.asm, " ".join(["u32"] * len(special.rows[0])), lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def instructions(tmp_path_factory: pytest.TempPathFactory) -> ptx.Module:
     """Every case and every shape of mma, compiled at once."""
     require_nvcc()
     source = tmp_path_factory.mktemp("ptx") / "cases.cu"
     kernels = [case_kernel(i, case) for i, case in enumerate(CASES)]
+    kernels += [
+        case_kernel(len(CASES) + i, special_case(special)) for i, special in enumerate(SPECIALS)
+    ]
     kernels += [mma_kernel(name, shape) for name, shape in SHAPES.items()]
     source.write_text("#include <cstdint>\n" + "\n".join(kernels))
     return ptx.load(ptx.compile(source))
@@ -427,6 +487,21 @@ def test_instruction(instructions: ptx.Module, index: int) -> None:
         zeros = wanted == 0 and out[0] in "fb" and mine in (0, sign)  # fractions have one zero
         halves = out.endswith("x2") and zeros_equal(mine, wanted)
         assert same or zeros or halves, (lane, [x[lane] for x in operands], hex(mine), wanted)
+
+
+@pytest.mark.parametrize("index", range(len(SPECIALS)), ids=lambda i: SPECIALS[i].asm)
+def test_special_floats(instructions: ptx.Module, index: int) -> None:
+    rows = np.array(SPECIALS[index].rows, np.uint32)
+    *operands, wanted = rows.T
+    memory = ptx.Memory()
+    y = memory.reserve(4 * len(rows))
+    params = struct.pack(f"<{rows.shape[1]}Q", y, *[memory.place(x) for x in operands])
+    instructions.run(
+        f"case_{len(CASES) + index}", grid=(1, 1, 1), block=(len(rows), 1, 1), params=params,
+        memory=memory,
+    )  # fmt: skip
+    got = memory.read(y, np.uint32, len(rows))
+    assert [hex(v) for v in got] == [hex(v) for v in wanted]
 
 
 def zeros_equal(mine: int, wanted: int | None) -> bool:
@@ -848,3 +923,108 @@ def test_ctas_that_wait_for_others(kernels: dict[str, ptx.Module]) -> None:
         total = total * Fraction(3, 2) + cta
     assert y[0] == 12
     assert y[1] == rounded(total, "f32")
+
+
+# --- PTX by hand, and errors ---
+
+
+def by_hand(lines: str, parameters: str = ".param .u64 out") -> ptx.Module:
+    """An entry f whose lines may use registers %r, %rd, %p and the parameter's address in %rd0."""
+    return ptx.load(
+        f".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry f({parameters}) {{\n"
+        ".reg .b32 %r<9>; .reg .b64 %rd<9>; .reg .pred %p<9>;\n"
+        f"ld.param.u64 %rd0, [out];\n{lines}\nret;\n}}\n"
+    )
+
+
+def run_by_hand(module: ptx.Module, threads: int = 32) -> np.ndarray:
+    memory = ptx.Memory()
+    out = memory.place(np.zeros(threads, np.uint32))
+    module.run(
+        "f", grid=(1, 1, 1), block=(threads, 1, 1), params=struct.pack("<Q", out), memory=memory
+    )
+    return memory.read(out, np.uint32, threads)
+
+
+STORE = "mul.wide.u32 %rd1, %r0, 4; add.u64 %rd1, %rd0, %rd1; st.global.u32 [%rd1], %r1;"
+
+
+def test_indexed_branch() -> None:
+    module = by_hand(
+        "mov.u32 %r0, %tid.x; and.b32 %r2, %r0, 3;\n"
+        "ts: .branchtargets A, B, C, D;\n"
+        "brx.idx %r2, ts;\n"
+        "D: mov.u32 %r1, 40; bra E;\n"
+        "A: mov.u32 %r1, 10; bra E;\n"
+        "B: mov.u32 %r1, 20; bra E;\n"
+        "C: mov.u32 %r1, 30;\n"
+        f"E: bar.warp.sync -1; {STORE}"
+    )
+    assert run_by_hand(module).tolist() == [10, 20, 30, 40] * 8
+
+
+def test_threads_meet_again_where_the_text_is_out_of_order() -> None:
+    module = by_hand(
+        "mov.u32 %r0, %tid.x; mov.u32 %r1, 0; setp.lt.u32 %p0, %r0, 9; bra START;\n"
+        f"JOIN: bar.warp.sync -1; {STORE} ret;\n"
+        "RARE: add.u32 %r1, %r1, 5; bra JOIN;\n"
+        "START: @%p0 bra RARE; add.u32 %r1, %r1, 7; bra JOIN;"
+    )
+    assert run_by_hand(module).tolist() == [5] * 9 + [7] * 23
+
+
+def test_an_inner_scope_hides_names() -> None:
+    module = by_hand(
+        "mov.u32 %r0, %tid.x; mov.u32 %r1, 1;\n"
+        "{ .reg .b32 %r1, t; mov.u32 %r1, 5; { .reg .b32 t; mov.u32 t, 6; } mov.u32 t, %r1; }\n"
+        f"{STORE}"
+    )
+    assert run_by_hand(module).tolist() == [1] * 32
+
+
+def test_parameters_have_bounds() -> None:
+    with pytest.raises(ptx.OutOfBounds, match="offset 8 of 8 bytes of parameters"):
+        run_by_hand(by_hand("ld.param.u32 %r1, [out+8];"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["frobnicate.u32 %r1, %r2;", "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%r1}, {%r2};",
+     "call other;", "tex.2d.v4.f32.s32 %r1, [%rd0];", "mov.u32 %r1, %clock;"],
+)  # fmt: skip
+def test_unknown_instructions_are_named(line: str) -> None:
+    with pytest.raises(ptx.Unsupported, match=re.escape(line.split()[0].rstrip(";"))):
+        run_by_hand(by_hand(line))
+
+
+def test_errors_of_use() -> None:
+    module = by_hand("")
+    with pytest.raises(KeyError, match="no entry g; there are f"):
+        module.entry("g")
+    with pytest.raises(ValueError, match="f takes 8 bytes of parameters, got 4"):
+        module.run("f", grid=(1, 1, 1), block=(1, 1, 1), params=bytes(4), memory=ptx.Memory())
+
+
+def test_reads_by_the_host_are_checked() -> None:
+    memory = ptx.Memory()
+    address = memory.reserve(100)
+    assert address % 256 == 0
+    with pytest.raises(ptx.Uninitialised, match="byte 0 of 100"):
+        memory.read(address, np.uint8, 100)
+    with pytest.raises(ptx.OutOfBounds):
+        memory.read(address, np.uint8, 101)
+    with pytest.raises(ptx.OutOfBounds):
+        memory.read(8, np.uint8, 1)
+
+
+def test_compiling_again_follows_the_included_files(tmp_path: Path) -> None:
+    require_nvcc()
+    source, header = tmp_path / "a.cu", tmp_path / "a.h"
+    source.write_text('#include "a.h"\n__global__ void f(int* x) { *x = N; }')
+    for number in ("1234", "5678"):
+        header.write_text(f"#define N {number}")
+        assert number in ptx.compile(source)
+        assert number in ptx.compile(source)
+    source.write_text("nonsense")
+    with pytest.raises(RuntimeError, match="nonsense"):
+        ptx.compile(source)

@@ -6,8 +6,8 @@ A move hands on what is not written, since compilers move values that nobody use
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import reduce
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,41 +54,59 @@ def _is_move(instruction: Instruction) -> bool:
     return instruction.op[0] == "mov" and isinstance(instruction.operands[1], Register)
 
 
+class _Use(NamedTuple):
+    """What an instruction reads, guard included, and surely writes; registers as bits."""
+
+    reads: int
+    writes: int
+    moves: bool
+
+
+def _use(instruction: Instruction) -> _Use:
+    reads = _bits(sources(instruction))
+    if instruction.guard:
+        return _Use(reads | 1 << instruction.guard[0].slot, 0, False)
+    return _Use(reads, _bits(results(instruction)), _is_move(instruction))
+
+
+def _bits(slots: Iterable[int]) -> int:
+    bits = 0
+    for slot in slots:
+        bits |= 1 << slot
+    return bits
+
+
 def watched(
     body: Body, ranges: Sequence[tuple[int, int]], following: Sequence[Sequence[int]]
 ) -> frozenset[int]:
     """Slots of registers that some instruction might read unwritten."""
+    uses = [_use(instruction) for instruction in body.instructions]
     everything = (1 << len(body.registers)) - 1
     before = [0] + [everything] * (len(ranges) - 1)
     waiting = set(range(len(ranges)))
     while waiting:
-        block = waiting.pop()
-        after, _ = _through(body, ranges[block], before[block])
+        block = min(waiting)
+        waiting.remove(block)
+        after, _ = _through(uses[slice(*ranges[block])], before[block])
         for successor in following[block]:
             if before[successor] & ~after:
                 before[successor] &= after
                 waiting.add(successor)
-    doubtful = (_through(body, r, b)[1] for r, b in zip(ranges, before, strict=True))
-    bits = reduce(int.__or__, doubtful, 0)
-    return frozenset(i for i in range(len(body.registers)) if bits >> i & 1)
+    doubtful = 0
+    for (start, end), written in zip(ranges, before, strict=True):
+        doubtful |= _through(uses[start:end], written)[1]
+    return frozenset(i for i in range(len(body.registers)) if doubtful >> i & 1)
 
 
-def _through(body: Body, block: tuple[int, int], written: int) -> tuple[int, int]:
+def _through(uses: Sequence[_Use], written: int) -> tuple[int, int]:
     """Registers surely written after a block, and those read in it without being so, as bits."""
     doubtful = 0
-    for instruction in body.instructions[slice(*block)]:
-        read = _bits(sources(instruction))
-        if instruction.guard:
-            read |= 1 << instruction.guard[0].slot
-        doubtful |= read & ~written
-        moves_doubt = _is_move(instruction) and read & ~written
-        if not instruction.guard and not moves_doubt:
-            written |= _bits(results(instruction))
+    for reads, writes, moves in uses:
+        unwritten = reads & ~written
+        doubtful |= unwritten
+        if not (moves and unwritten):
+            written |= writes
     return written, doubtful
-
-
-def _bits(slots: Sequence[int]) -> int:
-    return reduce(lambda bits, slot: bits | 1 << slot, slots, 0)
 
 
 def watching(step: Step, instruction: Instruction, slots: frozenset[int]) -> Step:

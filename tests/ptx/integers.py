@@ -289,24 +289,19 @@ def compare(relation: str, type_name: str) -> Function:
     return lambda a, b: function(a.view(dtype), b.view(dtype))
 
 
+LOGIC: dict[str, Function] = {
+    "and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not,
+}  # fmt: skip
+"""Of predicates."""
+
+
 def operation(name: str, mods: tuple[str, ...], type_name: str) -> Function | None:
     """The function of an instruction whose operands are of one integer type."""
     if type_name == "pred":
-        return {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor,
-                "not": np.logical_not, "mov": lambda a: a}.get(name)  # fmt: skip
+        return LOGIC.get(name)
     dtype = numpy_type(type_name)
-    saturated = "sat" in mods
-    if saturated and name in ("add", "sub"):
-        sign, low, high = (1 if name == "add" else -1), -(2**31), 2**31 - 1
-        return lambda a, b: (
-            np.clip(
-                a.view(np.int32).astype(np.int64) + sign * b.view(np.int32).astype(np.int64),
-                low,
-                high,
-            )
-            .astype(np.int32)
-            .view(np.uint32)
-        )
+    if "sat" in mods:
+        return _saturated(name)
     simple: dict[str, Function] = {
         "mov": lambda a: a, "add": np.add, "sub": np.subtract,
         "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
@@ -333,6 +328,17 @@ def operation(name: str, mods: tuple[str, ...], type_name: str) -> Function | No
     if name in ("mul", "mad"):
         return _product(name, mods, type_name)
     return None
+
+
+def _saturated(name: str) -> Function:
+    """add.sat.s32 and sub.sat.s32"""
+    function = {"add": np.add, "sub": np.subtract}[name]
+
+    def call(a: Values, b: Values) -> Values:
+        wide = function(a.view(np.int32).astype(np.int64), b.view(np.int32).astype(np.int64))
+        return np.clip(wide, -(2**31), 2**31 - 1).astype(np.int32).view(np.uint32)
+
+    return call
 
 
 def _product(name: str, mods: tuple[str, ...], type_name: str) -> Function:

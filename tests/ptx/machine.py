@@ -74,7 +74,7 @@ class Machine:
         self.barrier = np.full(self.lanes, -1)
         self.resume = np.zeros(self.lanes, np.int64)
         self.expected = np.zeros(self.lanes, np.int64)
-        self.mask: np.ndarray | None = None
+        self.mask: Any = None  # bool[lanes]; None where all lanes are active
         self.count, self.partial = self.lanes, False
         self._index: np.ndarray | None = None
         self._steps, self._rotation, self._impatient = 0, 0, False
@@ -128,7 +128,7 @@ class Machine:
 
     def put(self, slot: int, value: Any) -> None:
         """Write a register: values for all lanes, of which those of active lanes count."""
-        self.r[slot] = np.where(self.mask, value, self.r[slot]) if self.partial else value
+        self.r[slot] = value if not self.partial else np.where(self.mask, value, self.r[slot])
 
     def put_active(self, slot: int, values: np.ndarray) -> None:
         """Write a register: values for the active lanes only."""
@@ -173,7 +173,7 @@ class Machine:
 
     # --- which lanes are active ---
 
-    def activate(self, mask: np.ndarray | None, count: int, partial: bool) -> None:
+    def activate(self, mask: Any, count: int, partial: bool) -> None:
         """Run what follows in these lanes; partial: others keep their registers."""
         self.mask, self.count, self.partial, self._index = mask, count, partial, None
 

@@ -237,7 +237,11 @@ class _Parser:
 
     def _statement(self, text: str) -> None:
         if not text.startswith("."):
-            self.body.instructions.append(self._instruction(text))
+            try:
+                self.body.instructions.append(self._instruction(text))
+            except Unsupported as error:
+                line = " ".join(text.split())
+                raise Unsupported(f"{self.source.name}: {line}: {error}") from error
         elif text.startswith(".reg"):
             self._registers(text)
         elif text.startswith((".shared", ".local", ".global", ".const")):
@@ -276,7 +280,7 @@ class _Parser:
     def _instruction(self, text: str) -> Instruction:
         found = GUARDED.match(text)
         if not found:
-            raise Unsupported(f"{self.source.name}: {text}")
+            raise Unsupported("no instruction")
         negated, guard, op, rest = found.groups()
         line = " ".join(text.split())
         names = tuple(op.replace("::", "__").split("."))
@@ -290,7 +294,7 @@ class _Parser:
             return None
         register = self._register(name)
         if register is None:
-            raise Unsupported(f"{self.source.name}: guard {name}")
+            raise Unsupported(f"guard {name}")
         return register, bool(negated)
 
     def _operand(self, text: str) -> Operand:
@@ -312,7 +316,7 @@ class _Parser:
         if text[0] == "!" and (register := self._register(text[1:].strip())):
             return Not(register)
         if text[0] == "%":
-            raise Unsupported(f"{self.source.name}: register {text}")
+            raise Unsupported(f"register {text}")
         name, offset = _split_offset(text)
         return Symbol(name, offset)
 

@@ -139,9 +139,9 @@ class Translator:
                 emit(None, None)
         past = len(steps)
         emit(Halt(), None)
-        for position, instruction, targets in jumps:
+        for position, branch, targets in jumps:
             places = [positions.get(t, past) for t in targets]
-            steps[position] = self._jump(instruction, places)
+            steps[position] = self._jump(branch, places)
         return Program(self.name, steps, origin, _control_after(steps))
 
     def _jump(self, instruction: Instruction | None, places: list[int]) -> Jump:
@@ -153,8 +153,9 @@ class Translator:
             table = np.array(places)
             index = self.slot(instruction.operands[0], "u32")
             return Jump(lambda m, at: m.scatter(table, m.active(index)))
-        guard, negated = instruction.guard  # type: ignore[misc]
-        slot, there = guard.slot, places[0]
+        assert instruction.guard is not None
+        (guard, negated), there = instruction.guard, places[0]
+        slot = guard.slot
 
         def branch(m: Machine, at: int) -> int | None:
             taken = m.r[slot]
@@ -253,7 +254,7 @@ def compute(function: integers.Function, out: int, slots: Sequence[int]) -> Step
 
         def one(m: Machine) -> None:
             value = function(m.r[a])
-            m.r[out] = where(m.mask, value, m.r[out]) if m.partial else value
+            m.r[out] = value if not m.partial else where(m.mask, value, m.r[out])
 
         return one
     if len(slots) == 2:
@@ -261,7 +262,7 @@ def compute(function: integers.Function, out: int, slots: Sequence[int]) -> Step
 
         def two(m: Machine) -> None:
             value = function(m.r[a], m.r[b])
-            m.r[out] = where(m.mask, value, m.r[out]) if m.partial else value
+            m.r[out] = value if not m.partial else where(m.mask, value, m.r[out])
 
         return two
     if len(slots) == 3:
@@ -269,7 +270,7 @@ def compute(function: integers.Function, out: int, slots: Sequence[int]) -> Step
 
         def three(m: Machine) -> None:
             value = function(m.r[a], m.r[b], m.r[c])
-            m.r[out] = where(m.mask, value, m.r[out]) if m.partial else value
+            m.r[out] = value if not m.partial else where(m.mask, value, m.r[out])
 
         return three
     return lambda m: m.put(out, function(*[m.r[s] for s in slots]))
