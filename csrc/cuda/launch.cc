@@ -159,11 +159,13 @@ std::vector<Launch> matmul_launches(const Problem& p, const Plan& plan, const Bu
   gemm.act_bits = p.act_bits;
   gemm.integers = p.integers;
 
-  Shape shape = tile_shape(plan.method, p.weight_bits, plan.tile);
+  // Where K is 0 no group ever ends; kernels of whole tiles write their only one all the same.
+  Tile tile = p.k == 0 ? Tile::kWhole : plan.tile;
+  Shape shape = tile_shape(plan.method, p.weight_bits, tile);
   int64_t grid = ceil_div(p.n, shape.columns()) * ceil_div(p.m, shape.rows());
   std::vector<Launch> launches = {
       prologue_launch(p, output, bits, b.block, prologue),
-      make_launch(gemm_kernel(plan.method, p.weight_bits, plan.tile), grid, plan.splits,
+      make_launch(gemm_kernel(plan.method, p.weight_bits, tile), grid, plan.splits,
                   shape.threads(), shared_bytes(plan.method, p.weight_bits, shape), gemm)};
   if (plan.splits == 1) return launches;
   Reduce reduce{b.parts,    b.bias,      b.out,

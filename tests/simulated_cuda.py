@@ -1,0 +1,131 @@
+"""The operations of the CUDA backend without a GPU: the launches that the extension makes for them,
+run on the kernels' PTX by the interpreter, which checks every access."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import ptx
+
+import jax_anyprec as ap
+from jax_anyprec import _native
+
+SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+OPTIONS = ("--expt-relaxed-constexpr",)
+
+
+@functools.cache
+def text(source: str) -> str:
+    """The PTX of one file of kernels."""
+    return ptx.compile(SOURCES / f"{source}.cu", options=OPTIONS)
+
+
+@functools.cache
+def module(source: str) -> ptx.Module:
+    return ptx.load(text(source))
+
+
+def source_of(kernel: str) -> str:
+    """The file that defines a kernel."""
+    family = kernel.split("_")[1]
+    return "prologue" if family == "reduce" else family
+
+
+def run(launches: list[dict[str, Any]], memory: ptx.Memory) -> None:
+    for launch in launches:
+        kernel = launch["kernel"]
+        module(source_of(kernel)).run(
+            kernel,
+            grid=(*launch["grid"], 1),
+            block=(launch["threads"], 1, 1),
+            params=launch["params"],
+            shared=launch["shared"],
+            memory=memory,
+        )
+
+
+def matmul(
+    x: np.ndarray,
+    w: ap.QuantizedTensor,
+    act_bits: int | None,
+    method: str,
+    tile: str,
+    *,
+    splits: int = 1,
+    bias: np.ndarray | None = None,
+    act_scales: str = "group",
+    peaks: np.ndarray | None = None,
+    out_dtype: str = "float32",
+    integers: bool = False,
+) -> np.ndarray:
+    """``[M, N]``, or of given codes `x` and with `integers` ``int32[M, N, groups]``."""
+    m, (k, n) = len(x), w.shape
+    w = w.prepare()
+    memory = ptx.Memory()
+    signs = None if w.rotation is None else w.rotation.sign_words(k)
+    operands = {
+        "x": x, "tiles": w.planes, "scales": w.scales, "offsets": w.offsets, "bias": bias,
+        "signs": signs, "peaks": peaks,
+    }  # fmt: skip
+    dtype = jnp.dtype(np.int32 if integers else out_dtype)
+    shape = (m, n, w.groups) if integers else (m, n)
+    problem: dict[str, Any] = {
+        "rows": m, "n": n, "k": k, "act_bits": act_bits or 0, "weight_bits": w.bits,
+        "group_size": w.group_size, "act_group_size": w.group_size if act_scales == "group" else k,
+        "x_dtype": x.dtype.name, "rotated": w.rotation is not None, "integers": integers,
+    }  # fmt: skip
+    extension = _native.cuda().module
+    plan = extension.plan(**problem, arch=90, multiprocessors=132, method=method)
+    results = {
+        "out": memory.reserve(int(np.prod(shape)) * dtype.itemsize),
+        "workspace": memory.reserve(m * plan["workspace_row_bytes"]),
+        "parts": memory.reserve(4 * splits * m * n) if splits > 1 else 0,
+    }
+    dtypes = {
+        f"{name}_dtype": "float32" if value is None else value.dtype.name
+        for name, value in (("scale", w.scales), ("offset", w.offsets), ("bias", bias))
+    }
+    launches = extension.launches(
+        **problem, **dtypes, **results, method=method, tile=tile, splits=splits,
+        block=w.rotation.block if w.rotation else 0,
+        out_dtype="float32" if integers else out_dtype,
+        **{name: _place(memory, value) for name, value in operands.items()},
+    )  # fmt: skip
+    run(launches, memory)
+    return memory.read(results["out"], dtype, shape)
+
+
+def quantize(
+    x: np.ndarray, bits: int, group_size: int, rotation: ap.Rotation | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes ``uint8[M, K]`` and scales ``float32[M, groups]``."""
+    m, k = x.shape
+    memory = ptx.Memory()
+    groups = k // group_size if k else 1
+    codes, scales = memory.reserve(m * k), memory.reserve(4 * m * groups)
+    signs = None if rotation is None else rotation.sign_words(k)
+    launches = _native.cuda().module.quantize_launches(
+        rows=m, k=k, act_bits=bits, act_group_size=group_size, x_dtype=x.dtype.name,
+        block=rotation.block if rotation else 0, x=_place(memory, x), signs=_place(memory, signs),
+        codes=codes, scales=scales,
+    )  # fmt: skip
+    run(launches, memory)
+    return (
+        memory.read(codes, np.uint8, (m, k)),
+        memory.read(scales, np.float32, (m, groups)),
+    )
+
+
+def tiles_of(method: str, w: ap.QuantizedTensor) -> tuple[str, ...]:
+    """The tiles that there are for products of a tensor."""
+    if method == "planes":
+        return ("narrow", "whole")
+    return ("narrow", "medium", "wide", *(("whole",) if w.groups == 1 else ()))
+
+
+def _place(memory: ptx.Memory, value: Any) -> int:
+    return 0 if value is None else memory.place(np.ascontiguousarray(np.asarray(value)))
