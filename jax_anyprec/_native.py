@@ -109,7 +109,7 @@ def _cuda_status(backend: Backend) -> dict[str, Any]:
     reasons = [why for why in (no_code(device, compiled) for device in devices) if why is not None]
     reason = None
     if not devices:
-        reason = f"CUDA has no device: {backend.module.device_error()}"
+        reason = backend.module.device_error()
     elif len(reasons) == len(devices):
         reason = "; ".join(reasons)
     return {

@@ -131,13 +131,15 @@ def plan(
     """
     module = _native.cuda().require(implementation)
     device = _device(module, implementation)
+    # Tangents of a product by planes or codes are floats, which have a family of their own.
+    family = implementation if implementation and act_bits is not None else ""
     try:
         return module.plan(
             rows=rows, n=n, k=k, act_bits=act_bits or 0, weight_bits=weight_bits,
             group_size=group_size, act_group_size=act_group_size, x_dtype=np.dtype(x_dtype).name,
             rotated=rotated, integers=integers, arch=device["arch"],
             multiprocessors=device["multiprocessors"],
-            method=(implementation or "").removeprefix("cuda").removeprefix("_"),
+            method=family.removeprefix("cuda").removeprefix("_"),
         )  # fmt: skip
     except ValueError as refusal:
         raise _native.unavailable(implementation, f"no CUDA kernel: {refusal}") from None
