@@ -380,7 +380,16 @@ def test_derivatives_equal_those_of_the_cpu(target: Target, operations: Any) -> 
         operations.close(jax.grad(loss)(op.x), expected)
 
 
-def test_vmap_scan_and_loops(target: Target) -> None:
+def test_tangents_of_every_family(target: Target) -> None:
+    """They are products of floats, whatever family the product is by."""
+    case = Case(Shape(6, 33, 256, 256), 3, None)
+    for name in target.families(True):
+        run = functools.partial(ap.matmul, w=case.w, act_bits=2, implementation=name)
+        _, tangent = jax.jvp(run, (jnp.ones_like(case.x),), (jnp.asarray(case.x),))
+        case.expected().check(tangent)
+
+
+def test_vmap_and_scan(target: Target) -> None:
     case = Case(Shape(6, 64, 64, 32), 4, 8)
     run = functools.partial(ap.matmul, act_bits=8, implementation=target.platform)
     y = run(case.x, case.w)
