@@ -30,7 +30,8 @@ def require_nvcc() -> None:
 
 # --- numbers, independent of NumPy's ---
 
-FORMATS = {"f16": (11, -14, 15), "bf16": (8, -126, 127), "f32": (24, -126, 127)}
+FORMATS = {"f16": (11, -14, 15), "bf16": (8, -126, 127), "f32": (24, -126, 127),
+           "f64": (53, -1022, 1023)}  # fmt: skip
 """Bits of precision, least and greatest exponent of normal numbers."""
 DTYPES: dict[str, Any] = {
     "u16": np.uint16, "s16": np.int16, "u32": np.uint32, "s32": np.int32, "u64": np.uint64,
@@ -256,6 +257,12 @@ FLOATS = [
         Case(f"fma.rn.{t} %0, %1, %2, %3;", f"{t} {t} {t} {t}", lambda a, b, c: a * b + c)
         for t in ("f32", "f16", "bf16", "f16x2", "bf16x2")
     ),
+    *(
+        Case(f"{op}.rn.f64 %0, %1, %2;", "f64 f64 f64", f)
+        for op, f in (("add", Fraction.__add__), ("sub", Fraction.__sub__),
+                      ("mul", Fraction.__mul__), ("div", lambda a, b: a / b))
+    ),
+    Case("fma.rn.f64 %0, %1, %2, %3;", "f64 f64 f64 f64", lambda a, b, c: a * b + c),
     Case("mul.f16x2 %0, %1, %2;", "f16x2 f16x2 f16x2", Fraction.__mul__),
     Case("add.f16x2 %0, %1, %2;", "f16x2 f16x2 f16x2", Fraction.__add__),
     Case("sub.f16x2 %0, %1, %2;", "f16x2 f16x2 f16x2", Fraction.__sub__),
@@ -327,6 +334,10 @@ SPECIALS = [
         (ONE, 0xB3000000, 0x3F7FFFFF)]),
     Special("mul.f32 %0, %1, %2;", [(0, INF, CANONICAL), (TINY, 0x3F000000, 2),
                                     (MINUS, ONE, MINUS)]),
+    Special("fma.rn.f32 %0, %1, %1, %2;", [  # what float64 alone would take for a tie
+        (0x3F800800, 0, 0x3F801000), (0x3F800800, 0x17800000, 0x3F801001),
+        (0x3F801800, 0x97800000, 0x3F803004), (0x3F801800, 0x17800000, 0x3F803005)]),
+    Special("fma.rn.bf16x2 %0, %1, 0x3FC03FC0, %2;", [(0x3F813F81, 0x9C801C80, 0x3FC13FC2)]),
     Special("fma.rn.f32 %0, %1, %2, %2;", [(NAN, ONE, CANONICAL), (INF, ONE, INF)]),
     Special("div.rn.f32 %0, %1, %2;", [(ONE, 0, INF), (ONE, MINUS, INF | MINUS),
                                        (0, 0, CANONICAL)]),
@@ -625,8 +636,7 @@ def test_mma(instructions: ptx.Module, name: str) -> None:
             if shape.bits < 16
             else rng.integers(-9, 9, (16, 8))
         )
-        x, y = element_values(a, shape.a), element_values(b, shape.b)
-        product = x @ y.T
+        product = element_values(a, shape.a) @ element_values(b, shape.b).T
         if "xor" in shape.op:
             product = (a[:, None] != b[None]).sum(2)
         wanted.append((product + c).astype(np.float64 if shape.bits == 16 else np.int64))

@@ -80,8 +80,7 @@ def _odd(nearest: Values, exact: Values) -> Values:
 def add_to_odd(a: Values, b: Values) -> Values:
     """a + b in float64, rounded to odd: a further rounding to fewer bits is then correct."""
     total = a + b
-    back = total - a
-    error = (a - (total - back)) + (b - back)
+    error = _sum_error(a, b, total)
     bits = total.view(np.int64)
     fix = np.isfinite(total) & (error != 0) & (bits & 1 == 0)
     toward = np.where((error > 0) == (total > 0), np.int64(1), np.int64(-1))
@@ -89,15 +88,14 @@ def add_to_odd(a: Values, b: Values) -> Values:
 
 
 def _fma64(a: Values, b: Values, c: Values) -> Values:
-    """a * b + c of float64 values rounded once (Boldo and Melquiond); no care for overflow."""
+    """a * b + c of float64 values, rounded once ("Emulation of a FMA and correctly rounded sums",
+    Boldo and Melquiond); not where the product or its error leaves the range."""
     product = a * b
     low = _product_error(a, b, product)
-    first = low + c
-    first_error = _sum_error(low, c, first)
-    total = product + first
-    exact = np.where(np.isfinite(total), total + 0 * total, total)
-    second = add_to_odd(_sum_error(product, first, total), first_error)
-    return np.where(np.isfinite(exact), total + second, product + c)
+    small = low + c
+    total = product + small
+    rest = add_to_odd(_sum_error(product, small, total), _sum_error(low, c, small))
+    return np.where(np.isfinite(total), total + rest, product + c)
 
 
 def _sum_error(a: Values, b: Values, total: Values) -> Values:
@@ -131,10 +129,6 @@ def larger(a: Values, b: Values) -> Values:
     return np.where((a == b) & ~np.signbit(a), a, np.fmax(a, b))
 
 
-def divide(a: Values, b: Values) -> Values:
-    return a / b
-
-
 IN_SINGLE: dict[str, Callable[..., Values]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply,
     "div": np.divide, "sqrt": np.sqrt, "rcp": lambda a: np.float32(1) / a,
@@ -143,7 +137,7 @@ IN_SINGLE: dict[str, Callable[..., Values]] = {
 IN_DOUBLE: dict[str, Callable[..., Values]] = {
     "add": add_to_odd, "sub": lambda a, b: add_to_odd(a, -b), "mul": np.multiply,
     "fma": lambda a, b, c: add_to_odd(a * b, c), "mad": lambda a, b, c: add_to_odd(a * b, c),
-    "div": divide, "rcp": lambda a: 1 / a, "sqrt": np.sqrt,
+    "div": np.divide, "rcp": lambda a: 1 / a, "sqrt": np.sqrt,
     "rsqrt": lambda a: 1 / np.sqrt(a), "ex2": np.exp2, "lg2": np.log2,
     "sin": np.sin, "cos": np.cos, "tanh": np.tanh, "min": smaller, "max": larger,
 }  # fmt: skip
