@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.gpu import contestants, data, products, rates, roofline, summary, timing
+from benchmarks.gpu import contestants, cutlass, data, products, rates, roofline, summary, timing
 from benchmarks.gpu.rates import Peaks
 from benchmarks.gpu.shapes import FULL, QUICK, SMOKE
 from tests.layers import Layer
@@ -53,8 +53,8 @@ def nvcc() -> str:
 
 
 INSTRUCTIONS = {
-    "80": {"BMMA", "IMMA", "HMMA"},
-    "90a": {"BMMA", "IMMA", "HMMA", "BGMMA", "IGMMA", "HGMMA"},
+    "8.0": {"BMMA", "IMMA", "HMMA"},
+    "9.0": {"BMMA", "IMMA", "HMMA", "BGMMA", "IGMMA", "HGMMA"},
 }
 
 
@@ -63,7 +63,9 @@ def test_rates_compile_to_the_instructions_they_are_named_after(
     arch: str, nvcc: str, tmp_path: Path
 ) -> None:
     binary = tmp_path / "rates.cubin"
-    built = run(*rates.compile_command(arch, "-cubin", "-Xptxas", "-v", "-o", str(binary)))
+    built = run(
+        *rates.compile_command(rates.SOURCE, arch, "-cubin", "-Xptxas", "-v", "-o", str(binary))
+    )
     assert built.returncode == 0, built.stderr
     spilled = re.findall(r"(\d+) bytes spill stores", built.stderr)
     assert len(spilled) > 15
@@ -137,9 +139,10 @@ def test_peaks_are_the_fastest_that_was_right(right: bool, fastest: float, tmp_p
     assert ("WRONG" in rates.rate_table(report(right=right))) is not right
 
 
-def test_architectures_are_named_as_nvcc_does() -> None:
-    named = {c: rates.architecture(c) for c in ("8.0", "8.9", "9.0", "10.0", "12.0")}
-    assert named == {"8.0": "80", "8.9": "89", "9.0": "90a", "10.0": "100", "12.0": "120"}
+@pytest.mark.parametrize(("capability", "arch"), [("8.9", "89"), ("9.0", "90a"), ("12.0", "120")])
+def test_architectures_are_named_as_nvcc_does(capability: str, arch: str) -> None:
+    command = rates.compile_command(rates.SOURCE, capability)
+    assert f"-gencode=arch=compute_{arch},code=sm_{arch}" in command
 
 
 # --- the roofline ---
@@ -303,6 +306,18 @@ def test_summary_says_which_targets_are_met() -> None:
     assert "50% b1" in text
     assert "planes wide" in text
     assert "| fp8 | no \\| fp8 |" in text
+
+
+def test_ours_are_compared_with_cutlass() -> None:
+    ours = [measured("W1A1", 1024, 7.0), measured("W2A2", 4096, 3.0)]
+    theirs = [
+        measured("CUTLASS int8", 1024, 1.0) | {"us": 30.0},
+        measured("CUTLASS int4", 1024, 1.0) | {"us": 25.0},
+        measured("CUTLASS int8", 4096, 1.0) | {"us": 40.0},
+    ]
+    lines = cutlass.compare(ours, theirs).splitlines()
+    assert lines[2] == "| 1024 | 4096 | 4096 | 30.0 | 25.0 |  | 3.00 / 2.50 | ? / ? | ? / ? |"
+    assert lines[3] == "| 4096 | 4096 | 4096 | 40.0 |  |  | ? / ? | ? / ? | 4.00 / ? |"
 
 
 # --- the commands ---

@@ -40,16 +40,11 @@ class Peaks(NamedTuple):
         return cls(operations, 1e9 * max(row["gigabytes_per_second"] for row in memory))
 
 
-def architecture(capability: str) -> str:
-    """What nvcc calls a compute capability: "9.0" is 90a, because wgmma needs the a."""
-    major, minor = capability.split(".")
-    return f"{major}{minor}" + ("a" if (major, minor) == ("9", "0") else "")
-
-
-def compile_command(arch: str, *arguments: str) -> list[str]:
-    """The nvcc command for one architecture, such as "90a"."""
+def compile_command(source: pathlib.Path, capability: str, *arguments: str) -> list[str]:
+    """The nvcc command for one compute capability: "9.0" is 90a, because wgmma needs the a."""
+    arch = capability.replace(".", "") + ("a" if capability == "9.0" else "")
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    return ["nvcc", "-O3", "-std=c++17", target, str(SOURCE), *arguments]
+    return ["nvcc", "-O3", "-std=c++17", target, str(source), *arguments]
 
 
 def measure() -> tuple[dict[str, Any], bool]:
@@ -57,8 +52,8 @@ def measure() -> tuple[dict[str, Any], bool]:
     about = gpu()
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/rates"
-        arch = architecture(about["compute_cap"])
-        subprocess.run(compile_command(arch, "-o", program), check=True)
+        command = compile_command(SOURCE, about["compute_cap"], "-o", program)
+        subprocess.run(command, check=True)
         run = subprocess.run([program], stdout=subprocess.PIPE, text=True, check=False)
     return {"gpu": about} | parse(run.stdout), run.returncode == 0
 
