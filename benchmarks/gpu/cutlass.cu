@@ -1,9 +1,9 @@
-// Products of 8-, 4- and 1-bit integers by CUTLASS, in its default tiles for compute capability 8.0,
-// as JSON lines: what the paper compares with.
+// Products of 8-, 4- and 1-bit integers by CUTLASS, in its default tiles for compute capability
+// 8.0, as JSON lines: what the paper compares with.
 //
-// Arguments are M, N and K, again and again. Operands are random, and there are so many sets of them
-// that together they exceed the second-level cache twice. Results are sampled and compared with sums
-// made on the host.
+// Arguments are M, N and K, again and again. Operands are random, and there are so many sets of
+// them that together they exceed the second-level cache twice. Results are sampled and compared
+// with sums made on the host.
 #include <cutlass/gemm/device/gemm.h>
 
 #include <algorithm>
