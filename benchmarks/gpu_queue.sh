@@ -12,7 +12,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
 readonly known=(build sanitize test rates products)
-declare -rA limits=([build]=120 [sanitize]=120 [test]=100 [rates]=60 [products]=170)  # seconds
+declare -rA limits=([build]=100 [sanitize]=130 [test]=110 [rates]=45 [products]=180)  # seconds
 python=${PYTHON:-python3}
 export COMMIT=${COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
 
@@ -64,12 +64,12 @@ kernel_tests() {
 }
 
 # Each buffer is an allocation of its own, so that memcheck sees what leaves it. Errors of CUDA's
-# interface that libraries provoke and handle are not ours.
+# interface that libraries provoke and handle are not ours. Each tool has half of the time.
 sanitize() {
   local select=small failed=0
   export XLA_PYTHON_CLIENT_ALLOCATOR=platform
-  kernel_tests compute-sanitizer --error-exitcode 1 --report-api-errors no || failed=1
-  kernel_tests compute-sanitizer --error-exitcode 1 --tool racecheck || failed=1
+  kernel_tests timeout 64 compute-sanitizer --error-exitcode 1 --report-api-errors no || failed=1
+  kernel_tests timeout 64 compute-sanitizer --error-exitcode 1 --tool racecheck || failed=1
   return "$failed"
 }
 
