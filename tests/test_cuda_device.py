@@ -206,9 +206,7 @@ def test_small_activations_are_quantized_to_the_bit(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(data=st.data())
-def test_any_small_activations_are_quantized_to_the_bit(
-    target: Target, data: st.DataObject
-) -> None:
+def test_any_activations_are_quantized_to_the_bit(target: Target, data: st.DataObject) -> None:
     values = data.draw(
         st.lists(st.floats(width=32), min_size=64, max_size=64)
         | st.lists(st.floats(-4, 4, width=16), min_size=64, max_size=64)
@@ -254,7 +252,7 @@ def check(target: Target, cases: list[Case], names: tuple[str, ...] | None = Non
 
 
 @pytest.mark.parametrize("a_bits", [*range(1, 9), None])
-def test_floats_of_small_products_stay_in_their_bound(target: Target, a_bits: int | None) -> None:
+def test_floats_stay_in_their_bound(target: Target, a_bits: int | None) -> None:
     """Each width of weights, with and without groups, offsets, bias and whole-token scales."""
     flags = lambda b: {"offsets": b % 2 == 0, "bias": b % 3 == 0, "token": b % 4 == 0}  # noqa: E731
     check(
@@ -286,7 +284,7 @@ def test_floats_of_every_shape(target: Target, shape: Shape) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("a_bits", [2, 6, None])
-def test_small_floats_of_every_dtype(target: Target, dtype: str, a_bits: int | None) -> None:
+def test_floats_of_every_dtype(target: Target, dtype: str, a_bits: int | None) -> None:
     shape = Shape(5, 33, 192, 192 if a_bits == 2 else 64)
     check(
         target,
@@ -302,7 +300,7 @@ def test_small_floats_of_every_dtype(target: Target, dtype: str, a_bits: int | N
 
 @pytest.mark.parametrize("block", [64, 128, 256, 512, 1024, 2048])
 @pytest.mark.parametrize("a_bits", [1, 8, None])
-def test_small_floats_of_rotated_tensors(target: Target, block: int, a_bits: int | None) -> None:
+def test_floats_of_rotated_tensors(target: Target, block: int, a_bits: int | None) -> None:
     shape = Shape(4, 17, 2048, 2048 if a_bits == 1 else 128)
     check(
         target,
@@ -330,7 +328,7 @@ def test_long_sums_are_split(target: Target) -> None:
 
 @pytest.mark.parametrize("a_bits", [2, 4, 8, None])
 @pytest.mark.parametrize("token", [False, True])
-def test_a_bad_small_token_shows_and_spares_the_others(
+def test_a_bad_token_shows_and_spares_the_others(
     target: Target, a_bits: int | None, token: bool
 ) -> None:
     case = Case(Shape(5, 6, 64, 32), 4, a_bits, token=token)
