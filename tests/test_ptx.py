@@ -695,6 +695,8 @@ BUGS = {
     "write_after_write": ptx.SharedHazard,
     "same_instruction": ptx.SharedHazard,
     "within_a_warp": ptx.SharedHazard,
+    "overwrite_within_a_warp": ptx.SharedHazard,
+    "atomic_and_plain": ptx.SharedHazard,
     "shuffle_is_no_barrier": ptx.SharedHazard,
     "warp_barrier_between_warps": ptx.SharedHazard,
     "named_barriers": ptx.SharedHazard,

@@ -66,6 +66,27 @@ KERNEL(within_a_warp) {
   p.y[t] = s[t ^ 1] + __shfl_xor_sync(~0u, t, 1);
 }
 
+KERNEL(overwrite_within_a_warp) {
+  __shared__ volatile uint32_t s[256];
+  s[t] = p.x[t];
+  s[t] = s[t] + 1;  // its own: no barrier needed
+  __syncwarp();
+  uint32_t value = s[t ^ 1];
+  if (!kBad) __syncwarp();
+  s[t] = value;
+  p.y[t] = s[t];
+}
+
+KERNEL(atomic_and_plain) {
+  __shared__ uint32_t s[1];
+  if (t == 0) s[0] = 0;
+  __syncthreads();
+  atomicAdd(s, 1);
+  atomicAdd(s, t);  // atomics need no barrier between them
+  if (!kBad) __syncthreads();
+  p.y[t] = *(volatile uint32_t*)s;
+}
+
 KERNEL(shuffle_is_no_barrier) {
   __shared__ uint32_t s[256];
   s[t] = p.x[t];
