@@ -14,6 +14,7 @@ cd "$(dirname "$0")/.." || exit
 readonly known=(build sanitize test rates products)
 declare -rA limits=([build]=100 [sanitize]=130 [test]=110 [rates]=45 [products]=180)  # seconds
 python=${PYTHON:-python3}
+export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin  # nvcc and compute-sanitizer
 export COMMIT=${COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
 
 parts=("$@")

@@ -218,10 +218,10 @@ def test_random_weights_are_a_valid_tensor() -> None:
 
 
 def test_pieces_of_the_pool_differ_and_may_exceed_it() -> None:
-    first, second = (np.asarray(data.draw(seed, (64, 1024), jnp.bfloat16)) for seed in (0, 1))
+    first, second = (data.draw(seed, (64, 1024), jnp.bfloat16) for seed in (0, 1))
     assert (first != second).mean() > 0.9
     assert abs(first.astype(np.float32).mean()) < 0.02
-    large = np.asarray(data.draw(3, (3, data.POOL), jnp.int8))
+    large = data.draw(3, (3, data.POOL), jnp.int8)
     assert large.min() == -127
     np.testing.assert_array_equal(large[0], large[2])
 
@@ -278,6 +278,14 @@ def test_rows_say_what_was_measured(lines: list[dict]) -> None:
     assert ours["tops"] == pytest.approx(2 * 5 * 256 * 256 / ours["us"] / 1e6)
     assert ours["floor_limit"] == "memory"
     assert ours["roofline_share"] == pytest.approx(ours["moved_bytes"] / 3e6 / ours["us"])
+
+
+def test_without_a_baseline_nobody_runs() -> None:
+    def broken() -> contestants.Contestant:
+        raise RuntimeError("no memory")
+
+    (row,) = products.race(SMALL, [("bf16", broken), ("int8", broken)], 1)
+    assert (row["contestant"], row["error"]) == ("bf16", "RuntimeError: no memory")
 
 
 def measured(contestant: str, m: int, factor: float) -> dict:

@@ -1,4 +1,4 @@
-"""Random operands, cheaply: pieces of one pool of random numbers for each dtype.
+"""Random operands, cheaply: pieces of one pool of random numbers for each dtype, in NumPy.
 
 Drawing them on the device would compile a program for each shape, which takes longer than to time
 it.
@@ -10,7 +10,6 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,14 +19,14 @@ STRIDE = 104_729
 """Between the beginnings of pieces, a prime."""
 
 
-def draw(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """An array on the default device; floats are normal, integers uniform (int8 from -127 on)."""
+def draw(seed: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Floats are normal, integers uniform (int8 from -127 on)."""
     pool = _pool(jnp.dtype(dtype).name)
     size = math.prod(shape)
     start = seed * STRIDE % pool.size
     if start + size > pool.size:
         pool = np.tile(pool, -(-(start + size) // pool.size))
-    return jnp.asarray(pool[start : start + size].reshape(shape))
+    return pool[start : start + size].reshape(shape)
 
 
 @functools.cache

@@ -125,7 +125,10 @@ def choose(case: Case, selection: Selection, platform: str, families: bool) -> I
 
 
 def race(case: Case, entries: list[Entry], rounds: int) -> Iterator[Row]:
-    """A row for each; of one that can't take part or is wrong, what it said."""
+    """A row for each; of one that can't take part or is wrong, what it said.
+
+    Without the baseline the others don't run.
+    """
     entered: list[Contestant] = []
     for name, make in entries:
         try:
@@ -133,11 +136,11 @@ def race(case: Case, entries: list[Entry], rounds: int) -> Iterator[Row]:
             contestant.check(contestant.program.run(1))
             entered.append(contestant)
         except Exception as error:  # whatever it is, the others go on
-            if name == BASELINE:
-                raise
             said = f"{type(error).__name__}: {error}"
             log(f"{case}, {name}: {said}")
             yield describe_case(case) | {"contestant": name, "error": said}
+            if name == BASELINE:
+                return
     seconds = timing.take_turns([contestant.program for contestant in entered], rounds)
     for contestant, times in zip(entered, seconds, strict=True):
         row = describe(case, contestant, times, seconds[0])
