@@ -22,16 +22,13 @@ WORDS = {"b1": 32, "s8": 4, "u8": 4, "f16": 2, "bf16": 2}
 
 
 def row_words(registers: Sequence[np.ndarray]) -> np.ndarray:
-    """A's or B's fragments, ``uint32[lanes]`` each, to ``uint32[warps, rows, words]``.
-
-    A (2 or 4 registers) has 16 rows; B (1 or 2, given as pairs of nothing) has 8.
-    """
+    """Fragments of 8 rows, ``uint32[lanes]`` each, to ``uint32[warps, 8, words]``."""
     parts = [r.reshape(-1, 8, 4) for r in registers]
     return parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
 
 
 def a_words(registers: Sequence[np.ndarray]) -> np.ndarray:
-    """``uint32[warps, 16, words]``"""
+    """A's 2 or 4 fragments to ``uint32[warps, 16, words]``."""
     return np.concatenate([row_words(registers[0::2]), row_words(registers[1::2])], 1)
 
 

@@ -29,7 +29,7 @@ from .parse import (
 FLOAT_TYPES = ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64")
 NOTHING = (
     "membar", "fence", "prefetch", "prefetchu", "griddepcontrol", "discard", "applypriority",
-    "nanosleep", "st_param",
+    "nanosleep",
 )  # fmt: skip
 """Hints, and orders that lockstep keeps anyway."""
 
