@@ -259,7 +259,7 @@ class _Races:
                 ~bad,
                 GlobalRace,
                 lambda i: (
-                    f"offset {rows[i] * size:#x} was written by another thread with "
+                    f"address {BASE + rows[i] * size:#x} was written by another thread with "
                     "another value, and nothing orders the two"
                 ),
             )
