@@ -326,6 +326,25 @@ def test_long_sums_are_split(target: Target) -> None:
     check(target, [Case(Shape(1, 33, k, k), *pair, offsets=True, bias=True) for pair in pairs])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 15, 16, 17])
+def test_small_numbers_of_rows(target: Target, rows: int) -> None:
+    """Decoding: as `plan` chooses for few rows, with a scale for all of K and with groups."""
+    check(
+        target,
+        [
+            Case(
+                Shape(rows, 257, 1984, group), bits, a, dtype="bfloat16", offsets=a == 8, bias=True
+            )
+            for group in (1984, 64)
+            for bits in target.some(range(1, 9), 7)
+            for a in (1, 8, None)
+        ],
+    )
+    shapes = (Shape(rows, 257, 1984, 1984), Shape(rows, 257, 1984, 64))
+    for shape in shapes:
+        check_integers(target, shape, target.some([(2, 1), (8, 4), (5, 3)], 3))
+
+
 @pytest.mark.parametrize("a_bits", [2, 4, 8, None])
 @pytest.mark.parametrize("token", [False, True])
 def test_a_bad_token_shows_and_spares_the_others(
