@@ -13,7 +13,8 @@ function(anyprec_find_nvcc result)
   endif()
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -c
-      "import glob, sysconfig; print(';'.join(glob.glob(sysconfig.get_path('purelib') + '/nvidia/cu*/bin')))"
+      "import glob, importlib.util as u; s = u.find_spec('nvidia'); print(';'.join(
+        bin for at in (s.submodule_search_locations if s else ()) for bin in glob.glob(at + '/cu*/bin')))"
     OUTPUT_VARIABLE wheels OUTPUT_STRIP_TRAILING_WHITESPACE)
   find_program(ANYPREC_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin
     PATHS /usr/local/cuda/bin ${wheels})
@@ -43,6 +44,11 @@ if(JAX_ANYPREC_CUDA STREQUAL "AUTO" OR JAX_ANYPREC_CUDA)
   anyprec_cuda_architectures(CMAKE_CUDA_ARCHITECTURES)
   if(nvcc)
     set(ENV{CUDACXX} "${nvcc}")
+    # PyPI's packages have lib, where nvcc looks in lib64.
+    cmake_path(SET libraries NORMALIZE "${nvcc}/../../lib")
+    if(EXISTS "${libraries}/libcudart_static.a")
+      set(ENV{CUDAFLAGS} "$ENV{CUDAFLAGS} -L${libraries}")
+    endif()
     include(CheckLanguage)
     check_language(CUDA)
   endif()
@@ -62,7 +68,7 @@ if(JAX_ANYPREC_CUDA STREQUAL "AUTO" OR JAX_ANYPREC_CUDA)
     if(JAX_ANYPREC_CUDA STREQUAL "AUTO")
       message(STATUS "CUDA kernels: not built: ${reason}")
     else()
-      message(FATAL_ERROR "JAX_ANYPREC_CUDA is ON, but there is ${reason}")
+      message(FATAL_ERROR "CUDA kernels are asked for and can't be built: ${reason}")
     endif()
   endif()
 else()

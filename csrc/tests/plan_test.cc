@@ -1,0 +1,259 @@
+// Which kernels the CUDA backend launches, in what grids and with what parameters, for all methods,
+// bits and tiles and for sizes around those of tiles: host code alone, no GPU and no nvcc.
+#include <cstdio>
+#include <cstring>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../cuda/launch.h"
+
+using namespace anyprec;
+using namespace anyprec::cuda;
+
+namespace {
+
+int passed = 0, failed = 0;
+
+void check(bool ok, const std::string& what) {
+  ++(ok ? passed : failed);
+  if (!ok && failed <= 20) std::printf("FAILED %s\n", what.c_str());
+}
+
+template <typename F>
+std::string error_of(const F& f) {
+  try {
+    f();
+  } catch (const std::invalid_argument& e) {
+    return e.what();
+  }
+  return "";
+}
+
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+constexpr Device kA100{80, 108}, kH100{90, 132}, kB200{100, 148};
+
+Problem problem(int64_t m, int64_t n, int64_t k, int act_bits, int weight_bits, int64_t group = 0) {
+  if (group == 0) group = k;
+  return {m, n, k, act_bits, weight_bits, group, k, DType::kF32, false, false};
+}
+
+std::string describe(const Problem& p, const Plan& plan) {
+  return std::string(name_of(plan.method)) + " " + name_of(plan.tile) + " m=" + std::to_string(p.m) +
+         " n=" + std::to_string(p.n) + " k=" + std::to_string(p.k) + " group=" +
+         std::to_string(p.group_size) + " a" + std::to_string(p.act_bits) + " w" +
+         std::to_string(p.weight_bits) + " splits=" + std::to_string(plan.splits);
+}
+
+// Addresses only: nothing is read.
+Buffers buffers() {
+  Buffers b{};
+  b.x = reinterpret_cast<const void*>(0x1000);
+  b.tiles = reinterpret_cast<const uint32_t*>(0x2000);
+  b.scales = reinterpret_cast<const void*>(0x3000);
+  b.bias = reinterpret_cast<const void*>(0x4000);
+  b.out = reinterpret_cast<void*>(0x5000);
+  b.workspace = reinterpret_cast<uint8_t*>(0x6000);
+  b.parts = reinterpret_cast<float*>(0x7000);
+  return b;
+}
+
+template <typename Params>
+Params params_of(const Launch& l, const std::string& what) {
+  check(l.param_bytes == sizeof(Params), what + ": size of parameters");
+  Params p;
+  std::memcpy(&p, l.params, sizeof p);
+  return p;
+}
+
+// An empty K has no end of a group that kernels with groups would wait for.
+Tile tile_of(const Problem& p, const Plan& plan) { return p.k == 0 ? Tile::kWhole : plan.tile; }
+
+// The name that a kernel has for what it does, so that the table can't be shifted by a line.
+std::string gemm_name(const Problem& p, const Plan& plan) {
+  return std::string("anyprec_") + name_of(plan.method) + "_w" + std::to_string(p.weight_bits) +
+         "_" + name_of(tile_of(p, plan));
+}
+
+void check_gemm(const Problem& p, const Plan& plan, const Launch& l, const std::string& what) {
+  Gemm g = params_of<Gemm>(l, what);
+  Shape shape = tile_shape(plan.method, p.weight_bits, tile_of(p, plan));
+  check(name_of(l.kernel) == gemm_name(p, plan), what + ": runs " + name_of(l.kernel));
+  check(l.threads == static_cast<uint32_t>(shape.threads()) && l.threads <= 1024,
+        what + ": threads");
+  check(l.shared_bytes <= 99 * 1024, what + ": shared memory");
+  int64_t across = p.n / shape.columns() + (p.n % shape.columns() != 0);
+  int64_t down = p.m / shape.rows() + (p.m % shape.rows() != 0);
+  check(l.grid[0] == across * down, what + ": grid covers M and N");
+  // Each block of K belongs to exactly one of the parts, and no part is empty.
+  check(static_cast<int>(l.grid[1]) == plan.splits && g.splits == plan.splits, what + ": splits");
+  std::vector<int> owners(g.blocks);
+  for (int z = 0; z < plan.splits; ++z) {
+    int first = z * g.split_blocks, last = std::min(g.blocks, first + g.split_blocks);
+    check(g.blocks == 0 || first < last, what + ": part " + std::to_string(z) + " is empty");
+    for (int b = first; b < last; ++b) ++owners[b];
+  }
+  for (int b = 0; b < g.blocks; ++b) check(owners[b] == 1, what + ": block of K");
+  int64_t covered = int64_t{g.blocks} * block_words(plan.method);
+  check(covered >= words(p.k) && covered - block_words(plan.method) < words(p.k),
+        what + ": blocks cover K");
+  check(g.out == (plan.splits == 1 ? buffers().out : buffers().parts), what + ": where it writes");
+}
+
+void check_launches(const Problem& p, const Plan& plan) {
+  std::string what = describe(p, plan);
+  std::vector<Launch> launches = matmul_launches(p, plan, buffers());
+  if (p.m == 0 || p.n == 0) {
+    check(launches.empty(), what + ": nothing to compute");
+    return;
+  }
+  check(launches.size() == (plan.splits == 1 ? 2u : 3u), what + ": number of launches");
+  Prologue prologue = params_of<Prologue>(launches[0], what);
+  check(launches[0].grid[0] == p.m && launches[0].threads <= 512, what + ": prologue's grid");
+  check(launches[0].shared_bytes <= 48 * 1024, what + ": prologue's shared memory");
+  Gemm gemm = params_of<Gemm>(launches[1], what);
+  check(prologue.payload == gemm.payload && prologue.blocks == gemm.blocks &&
+            (prologue.sums == gemm.act_sums || prologue.sums == nullptr),
+        what + ": the product reads what the prologue writes");
+  check_gemm(p, plan, launches[1], what);
+  if (plan.splits == 1) return;
+  Reduce reduce = params_of<Reduce>(launches[2], what);
+  check(reduce.parts == buffers().parts && reduce.out == buffers().out &&
+            reduce.count == p.m * p.n && reduce.splits == plan.splits,
+        what + ": sum of parts");
+  check(int64_t{launches[2].grid[0]} * launches[2].threads * 4 >= reduce.count,
+        what + ": the sum covers the result");
+}
+
+void test_kernels() {
+  std::set<std::string> names;
+  for (int i = 0; i < static_cast<int>(Kernel::kCount); ++i) {
+    names.insert(name_of(static_cast<Kernel>(i)));
+  }
+  check(names.size() == static_cast<size_t>(Kernel::kCount), "kernels have names of their own");
+  for (Method method : {Method::kPlanes, Method::kCodes, Method::kFloat}) {
+    for (int bits = 1; bits <= kMaxBits; ++bits) {
+      for (Tile tile : {Tile::kNarrow, Tile::kMedium, Tile::kWide, Tile::kWhole}) {
+        if (method == Method::kPlanes && (tile == Tile::kMedium || tile == Tile::kWide)) continue;
+        Shape shape = tile_shape(method, bits, tile);
+        std::string what = std::string(name_of(method)) + " " + name_of(tile);
+        check(stage_count(method, bits, shape) >= 2, what + ": stages");
+        check(shared_bytes(method, bits, shape) <= 99 * 1024, what + ": shared memory");
+        check_launches(problem(5, 33, 256, method == Method::kFloat ? 0 : 2, bits),
+                       {method, tile, 1, ""});
+      }
+    }
+  }
+}
+
+void test_sizes() {
+  for (int act_bits : {0, 1, 2, 4, 8}) {
+    for (int bits : {1, 2, 3, 8}) {
+      for (int64_t k : {0, 1, 31, 64, 100, 512, 513, 4096, 65536}) {
+        for (int64_t n : {0, 1, 32, 33, 257, 11008}) {
+          for (int64_t m : {int64_t{0}, int64_t{1}, int64_t{9}, int64_t{129}, kManyRows}) {
+            for (const Device& device : {kA100, kH100, kB200}) {
+              Problem p = problem(m, n, k, act_bits, bits);
+              Plan plan = make_plan(p, device, "");
+              check(plan.splits >= 1 && plan.splits <= 16, describe(p, plan) + ": splits");
+              check(!plan.reason.empty(), describe(p, plan) + ": has a reason");
+              check(refusal(plan.method, p, device.arch).empty(), describe(p, plan) + ": refused");
+              if (m != kManyRows) check_launches(p, plan);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+void test_groups() {
+  for (int act_bits : {0, 1, 4, 8}) {
+    for (int64_t group : {32, 64, 96, 128}) {
+      Problem p = problem(16, 4096, 384 * 12, act_bits, 2, group);
+      for (int64_t act_group : {group, p.k}) {
+        p.act_group_size = act_group;
+        Plan plan = make_plan(p, kH100, "");
+        check(plan.method != Method::kPlanes && plan.tile != Tile::kWhole,
+              describe(p, plan) + ": no kernel has groups");
+        check_launches(p, plan);
+      }
+    }
+  }
+}
+
+void test_choice() {
+  auto method = [](int act_bits, int bits, const Device& device) {
+    return make_plan(problem(1024, 4096, 4096, act_bits, bits), device, "").method;
+  };
+  check(method(1, 1, kH100) == Method::kPlanes, "1 x 1 bits are planes");
+  check(method(2, 2, kA100) == Method::kPlanes, "2 x 2 bits are planes");
+  check(method(4, 4, kH100) == Method::kCodes, "4 x 4 bits are codes");
+  check(method(1, 1, kB200) == Method::kCodes, "no planes without 1-bit tensor cores");
+  check(method(0, 1, kH100) == Method::kFloat, "floats are floats");
+  // A single row of a wide matrix leaves most of the chip idle, unless K is shared out.
+  Plan decode = make_plan(problem(1, 1024, 65536, 0, 4), kH100, "");
+  check(decode.splits > 1, "few columns and a long K are split");
+  Problem integers = problem(1, 1024, 65536, 8, 4);
+  integers.integers = true;
+  integers.x = DType::kU8;
+  check(make_plan(integers, kH100, "").splits == 1, "integers are not split");
+}
+
+void test_refusals() {
+  Problem p = problem(4, 64, 256, 2, 2);
+  check(refusal(Method::kPlanes, p, 90).empty(), "planes run on 9.0");
+  check(contains(refusal(Method::kPlanes, p, 120), "no 1-bit tensor cores"), "planes on 12.0");
+  check(contains(refusal(Method::kCodes, p, 75), "8.0 or newer"), "an old chip");
+  check(contains(refusal(Method::kFloat, p, 90), "float activations"), "codes given to floats");
+  check(contains(refusal(Method::kCodes, problem(4, 64, 256, 0, 2), 90), "floats"),
+        "floats given to codes");
+  check(contains(refusal(Method::kPlanes, problem(4, 64, 256, 2, 2, 64), 90), "one scale"),
+        "planes with groups");
+  check(contains(refusal(Method::kCodes, problem(4, 64, 1 << 17, 2, 2), 90), "int32"),
+        "a group too long");
+  check(contains(refusal(Method::kFloat, problem(4, 64, 1 << 20, 0, 2), 90), "too long"),
+        "a row too long");
+  check(contains(error_of([&] { make_plan(p, kB200, "planes"); }), "planes can't be used"),
+        "asked for planes on 10.0");
+  check(contains(error_of([&] { make_plan(p, {75, 40}, ""); }), "8.0"), "no method on 7.5");
+  check(contains(error_of([] { parse_method("fast"); }), "got fast"), "name of a method");
+  check(contains(error_of([] { parse_tile("huge"); }), "got huge"), "name of a tile");
+  Plan plan{Method::kCodes, Tile::kNarrow, 1, ""};
+  check(contains(error_of([&] {
+          matmul_launches(problem(1, int64_t{1} << 32, 64, 2, 2), plan, buffers());
+        }), "2^31"), "N too large");
+  check(contains(error_of([&] {
+          matmul_launches(problem(1, int64_t{1} << 30, 4096, 2, 8), plan, buffers());
+        }), "64 GiB"), "weights too large");
+}
+
+void test_quantize() {
+  auto launches = [](int64_t m) {
+    return quantize_launches(problem(m, 0, 320, 4, 1, 32), buffers().x, nullptr, 0,
+                             buffers().workspace, buffers().parts);
+  };
+  check(launches(0).empty(), "no rows to quantize");
+  check(launches(7).size() == 1, "quantize is one launch");
+  Prologue p = params_of<Prologue>(launches(7)[0], "quantize");
+  check(p.payload == buffers().workspace && p.scales == buffers().parts && p.sums == nullptr &&
+            p.m == 7 && p.k == 320 && p.bits == 4,
+        "quantize writes codes and scales, and no sums");
+}
+
+}  // namespace
+
+int main() {
+  test_kernels();
+  test_sizes();
+  test_groups();
+  test_choice();
+  test_refusals();
+  test_quantize();
+  std::printf("%d checks passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}
