@@ -30,7 +30,7 @@ def module(source: str) -> ptx.Module:
 
 
 def source_of(kernel: str) -> str:
-    """The file that defines a kernel."""
+    """The file that defines a kernel, without its suffix."""
     family = kernel.split("_")[1]
     return "prologue" if family == "reduce" else family
 
@@ -48,12 +48,30 @@ def run(launches: list[dict[str, Any]], memory: ptx.Memory) -> None:
         )
 
 
+def _problem(
+    x: np.ndarray, w: ap.QuantizedTensor, act_bits: int | None, act_scales: str, integers: bool
+) -> dict[str, Any]:
+    """What the extension asks about a product."""
+    k, n = w.shape
+    return {
+        "rows": len(x), "n": n, "k": k, "act_bits": act_bits or 0, "weight_bits": w.bits,
+        "group_size": w.group_size, "act_group_size": w.group_size if act_scales == "group" else k,
+        "x_dtype": x.dtype.name, "rotated": w.rotation is not None, "integers": integers,
+    }  # fmt: skip
+
+
+def plan(x: np.ndarray, w: ap.QuantizedTensor, act_bits: int | None) -> dict[str, Any]:
+    """The plan for an H100."""
+    problem = _problem(x, w, act_bits, "group", False)
+    return _native.cuda().module.plan(**problem, arch=90, multiprocessors=132)
+
+
 def matmul(
     x: np.ndarray,
     w: ap.QuantizedTensor,
     act_bits: int | None,
     method: str,
-    tile: str,
+    tile: str | None,
     *,
     splits: int = 1,
     bias: np.ndarray | None = None,
@@ -62,7 +80,10 @@ def matmul(
     out_dtype: str = "float32",
     integers: bool = False,
 ) -> np.ndarray:
-    """``[M, N]``, or of given codes `x` and with `integers` ``int32[M, N, groups]``."""
+    """``[M, N]``, or of given codes `x` and with `integers` ``int32[M, N, groups]``.
+
+    Without a `tile` it is the one that is planned for an H100.
+    """
     m, (k, n) = len(x), w.shape
     w = w.prepare()
     memory = ptx.Memory()
@@ -73,16 +94,12 @@ def matmul(
     }  # fmt: skip
     dtype = jnp.dtype(np.int32 if integers else out_dtype)
     shape = (m, n, w.groups) if integers else (m, n)
-    problem: dict[str, Any] = {
-        "rows": m, "n": n, "k": k, "act_bits": act_bits or 0, "weight_bits": w.bits,
-        "group_size": w.group_size, "act_group_size": w.group_size if act_scales == "group" else k,
-        "x_dtype": x.dtype.name, "rotated": w.rotation is not None, "integers": integers,
-    }  # fmt: skip
+    problem = _problem(x, w, act_bits, act_scales, integers)
     extension = _native.cuda().module
-    plan = extension.plan(**problem, arch=90, multiprocessors=132, method=method)
+    planned = extension.plan(**problem, arch=90, multiprocessors=132, method=method)
     results = {
         "out": memory.reserve(int(np.prod(shape)) * dtype.itemsize),
-        "workspace": memory.reserve(m * plan["workspace_row_bytes"]),
+        "workspace": memory.reserve(m * planned["workspace_row_bytes"]),
         "parts": memory.reserve(4 * splits * m * n) if splits > 1 else 0,
     }
     dtypes = {
@@ -90,7 +107,7 @@ def matmul(
         for name, value in (("scale", w.scales), ("offset", w.offsets), ("bias", bias))
     }
     launches = extension.launches(
-        **problem, **dtypes, **results, method=method, tile=tile, splits=splits,
+        **problem, **dtypes, **results, method=method, tile=tile or planned["tile"], splits=splits,
         block=w.rotation.block if w.rotation else 0,
         out_dtype="float32" if integers else out_dtype,
         **{name: _place(memory, value) for name, value in operands.items()},

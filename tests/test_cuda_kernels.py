@@ -68,7 +68,7 @@ def check_floats(
     act_bits: int | None,
     bits: int,
     method: str,
-    tile: str,
+    tile: str | None,
     *,
     x_dtype: str = "float32",
     dtype: str = "float32",
@@ -194,7 +194,7 @@ def test_split_products_add_up(method: str, act_bits: int | None) -> None:
 @pytest.mark.parametrize(("method", "act_bits"), [("planes", 2), ("codes", 8), ("float", None)])
 def test_empty_products(method: str, act_bits: int | None, shape: Shape) -> None:
     w, _ = weights(shape, 4)
-    for tile in cuda.tiles_of(method, w):
+    for tile in (*cuda.tiles_of(method, w), *(("stream",) if method != "planes" else ())):
         check_floats(shape, act_bits, 4, method, tile, bias=True)
 
 
@@ -207,9 +207,10 @@ def test_a_token_that_is_not_finite_gives_nan(
     for dtype in ("float32", "bfloat16"):
         x = np.random.default_rng(0).normal(size=(4, 96)).astype(jnp.dtype(dtype))
         x[2, 40] = bad
-        found = cuda.matmul(x, w, act_bits, method, "narrow")
-        assert np.isnan(found[2]).all()
-        assert np.isfinite(found[[0, 1, 3]]).all()
+        for tile in ("narrow", *(("stream",) if method != "planes" else ())):
+            found = cuda.matmul(x, w, act_bits, method, tile)
+            assert np.isnan(found[2]).all()
+            assert np.isfinite(found[[0, 1, 3]]).all()
 
 
 def test_given_peaks_choose_the_scale() -> None:
@@ -225,6 +226,66 @@ def test_given_peaks_choose_the_scale() -> None:
     expected = oracle.quantized_matmul((act_codes, 8, scales), packed, None, "float32")
     for tile in cuda.tiles_of("codes", w):
         expected.check(cuda.matmul(x, w, 8, "codes", tile, peaks=peaks))
+
+
+# --- few rows: weights are streamed where the plan says so ---
+
+
+def test_few_rows_are_planned_to_be_streamed() -> None:
+    for m in (1, 8, 16):
+        for k in (97, 4096):
+            w, _ = weights(Shape(m, 64, k, k), 4)
+            for act_bits, dtype in ((1, "float32"), (8, "bfloat16"), (None, "bfloat16")):
+                if act_bits is None and m > 8:
+                    continue  # rows of floats don't fit in shared memory beside the weights
+                x = np.zeros((m, k), jnp.dtype(dtype))
+                assert cuda.plan(x, w, act_bits)["tile"] == "stream"
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_pair_of_bits_of_few_rows(bits: int) -> None:
+    # Each number of activation bits, and floats, with another number of rows; a single row is
+    # quantized in the kernel itself.
+    for act_bits in (*BITS, None):
+        method = "float" if act_bits is None else "codes"
+        rows = (1, 1 + (3 * bits + 5 * (act_bits or 9)) % 16)
+        for m in rows:
+            check_floats(Shape(m, 35, 97, 97), act_bits, bits, method, None, bias=True)
+
+
+@pytest.mark.parametrize("m", [1, 2, 8, 9, 16])
+@pytest.mark.parametrize(("method", "act_bits"), [("codes", 8), ("codes", 3), ("float", None)])
+def test_few_rows_in_groups(method: str, act_bits: int | None, m: int) -> None:
+    for bits, k, group in (
+        (1, 1056, 96),
+        (2, 1600, 32),
+        (4, 2048, 64),
+        (5, 640, 320),
+        (8, 576, 32),
+    ):
+        check_floats(
+            Shape(m, 45, k, group), act_bits, bits, method, None,
+            offsets=bits in (2, 8), bias=bits == 4, x_dtype="float32" if bits == 1 else "bfloat16",
+            dtype="float16" if bits == 2 else "float32", block=64 * (bits == 4),
+            act_scales="token" if bits == 5 else "group",
+            out_dtype="float32" if bits == 2 else "bfloat16",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize(("method", "act_bits"), [("codes", 8), ("float", None)])
+def test_few_rows_with_k_in_parts(method: str, act_bits: int | None, m: int) -> None:
+    for splits, k, group in ((2, 2100, 2100), (3, 2112, 96), (4, 512, 64)):
+        for offsets in (False, True):
+            check_floats(
+                Shape(m, 37, k, group), act_bits, 4, method, None,
+                splits=splits, offsets=offsets, bias=True, out_dtype="bfloat16",
+            )  # fmt: skip
+
+
+def test_a_row_too_long_to_be_quantized_beside_the_weights() -> None:
+    for k in (20_000, 40_000):
+        check_floats(Shape(1, 5, k, k), 8, 8, "codes", None)
 
 
 # --- the quantizer ---

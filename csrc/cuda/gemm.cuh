@@ -29,6 +29,7 @@ template <Method kMethod_, int kBits_, Tile kTile_>
 struct Config {
   static constexpr Method kMethod = kMethod_;
   static constexpr int kBits = kBits_;
+  static constexpr bool kIntegers = true;  // results can be sums of integers
   static constexpr Shape kShape = tile_shape(kMethod, kBits, kTile_);
   static constexpr int kThreads = kShape.threads();
   static constexpr int kWords = block_words(kMethod);
@@ -190,6 +191,11 @@ __device__ inline int last_block(const Gemm& p) {
 constexpr int32_t kCountedBits = 0x4b400000;
 constexpr float kCountedFrom = 0x1.8p23f;
 
+template <int kBits>
+__device__ inline bool counts_from_bits(const Gemm& p) {
+  return int64_t{p.group_words} * kWordBits * 128 * max_level(kBits) < 1 << 22;
+}
+
 // Adds a group's part to y and starts the next one.
 template <typename Config, typename Engine, typename Y>
 __device__ inline void end_group(const Gemm& p, const Place& at, int group, bool with_sums,
@@ -208,7 +214,7 @@ __device__ inline void end_group(const Gemm& p, const Place& at, int group, bool
     fill(t, 0.0f);
   } else {
     int zero = counted ? kCountedBits : 0;
-    if (p.integers) {
+    if (Config::kIntegers && p.integers) {
       store_integers<Config::kBits, kStrips, kSlices>(
           p, at, group, act_unit(p.act_bits),
           [&](int i, int s, int c) { return t[i][s][c] - zero; });
@@ -233,8 +239,7 @@ __device__ inline void gemm_grouped(const Gemm& p, uint8_t* shared) {
   TileOrigin origin = tile_origin<Config>(p);
   Lane<Config> lane;
   Place at = lane.place(origin);
-  bool counted = Config::kMethod == Method::kCodes &&
-                 int64_t{p.group_words} * kWordBits * 128 * max_level(Config::kBits) < 1 << 22;
+  bool counted = Config::kMethod == Method::kCodes && counts_from_bits<Config::kBits>(p);
   Engine engine;
   fill(engine.t, counted ? static_cast<Value>(kCountedBits) : Value{0});
   float y[kShape.strips][kShape.slices][4];
@@ -268,7 +273,7 @@ template <typename Config, typename Sum>
 __device__ inline void finish(const Gemm& p, const Place& at, int unit, const Sum& sum) {
   constexpr int kStrips = Config::kShape.strips, kSlices = Config::kShape.slices;
   if constexpr (Config::kMethod != Method::kFloat) {
-    if (p.integers) {
+    if (Config::kIntegers && p.integers) {
       store_integers<Config::kBits, kStrips, kSlices>(p, at, 0, unit, sum);
       return;
     }

@@ -29,28 +29,28 @@
     anyprec::cuda::gemm<anyprec::cuda::Method::method, bits, anyprec::cuda::Tile::tile>(p);   \
   }
 
-// Calls X(name, type, dtype, output) for each type of activations and each output. Given codes are
-// laid out for products by planes or codes only.
-#define ANYPREC_PROLOGUES(X)                                    \
-  ANYPREC_PROLOGUES_OF(X, f32, float, kF32)                     \
-  ANYPREC_PROLOGUES_OF(X, f16, __half, kF16)                    \
-  ANYPREC_PROLOGUES_OF(X, bf16, __nv_bfloat16, kBF16)           \
-  X(anyprec_prologue_u8_planes, uint8_t, kU8, kPlanes)          \
-  X(anyprec_prologue_u8_codes, uint8_t, kU8, kCodes)
-#define ANYPREC_PROLOGUES_OF(X, short, type, dtype)             \
-  X(anyprec_prologue_##short##_planes, type, dtype, kPlanes)    \
-  X(anyprec_prologue_##short##_codes, type, dtype, kCodes)      \
-  X(anyprec_prologue_##short##_float, type, dtype, kFloat)      \
-  X(anyprec_prologue_##short##_plain, type, dtype, kPlain)
+// Calls X(name, output, given) for each kernel that lays activations out: floats, or given codes.
+#define ANYPREC_PROLOGUES(X)                        \
+  X(anyprec_prologue_planes, kPlanes, false)        \
+  X(anyprec_prologue_codes, kCodes, false)          \
+  X(anyprec_prologue_float, kFloat, false)          \
+  X(anyprec_prologue_plain, kPlain, false)          \
+  X(anyprec_prologue_given_planes, kPlanes, true)   \
+  X(anyprec_prologue_given_codes, kCodes, true)
 
-#define ANYPREC_DEFINE_PROLOGUE(name, type, dtype, output)                          \
-  extern "C" __global__ void __launch_bounds__(512)                                 \
-      name(const __grid_constant__ anyprec::cuda::Prologue p) {                     \
-    anyprec::cuda::prologue<type, anyprec::cuda::Output::output>(p);                \
-  }
+// Calls X(name, method, bits, slices) for the kernels of few rows: up to 8, or up to 16.
+#define ANYPREC_STREAM_CODES(X, bits)                      \
+  X(anyprec_stream_codes_w##bits##_m8, kCodes, bits, 1)    \
+  X(anyprec_stream_codes_w##bits##_m16, kCodes, bits, 2)
+#define ANYPREC_STREAM_FLOAT(X, bits)                      \
+  X(anyprec_stream_float_w##bits##_m8, kFloat, bits, 1)    \
+  X(anyprec_stream_float_w##bits##_m16, kFloat, bits, 2)
+#define ANYPREC_STREAMS(X) \
+  ANYPREC_ALL_BITS(ANYPREC_STREAM_CODES, X) ANYPREC_ALL_BITS(ANYPREC_STREAM_FLOAT, X)
 
 // All kernels, in the order of their numbers.
 #define ANYPREC_GEMMS(X)                                                             \
   ANYPREC_ALL_BITS(ANYPREC_PLANES, X) ANYPREC_ALL_BITS(ANYPREC_CODES, X)             \
   ANYPREC_ALL_BITS(ANYPREC_FLOAT, X)
-#define ANYPREC_KERNELS(X) ANYPREC_GEMMS(X) ANYPREC_PROLOGUES(X) X(anyprec_reduce)
+#define ANYPREC_KERNELS(X) \
+  ANYPREC_GEMMS(X) ANYPREC_STREAMS(X) ANYPREC_PROLOGUES(X) X(anyprec_reduce)

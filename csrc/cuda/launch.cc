@@ -18,17 +18,25 @@ struct GemmKernel {
 #define ANYPREC_GEMM_LINE(name, method, bits, tile) {Method::method, bits, Tile::tile},
 constexpr GemmKernel kGemms[] = {ANYPREC_GEMMS(ANYPREC_GEMM_LINE)};
 
+struct StreamKernel {
+  Method method;
+  int bits, slices;
+};
+#define ANYPREC_STREAM_LINE(name, method, bits, slices) {Method::method, bits, slices},
+constexpr StreamKernel kStreams[] = {ANYPREC_STREAMS(ANYPREC_STREAM_LINE)};
+
 // What a prologue makes, as `Output` of prologue.cuh.
 enum class Output { kPlanes, kCodes, kFloat, kPlain };
 struct PrologueKernel {
-  DType x;
   Output output;
+  bool given;
 };
-#define ANYPREC_PROLOGUE_LINE(name, type, dtype, output) {DType::dtype, Output::output},
+#define ANYPREC_PROLOGUE_LINE(name, output, given) {Output::output, given},
 constexpr PrologueKernel kPrologues[] = {ANYPREC_PROLOGUES(ANYPREC_PROLOGUE_LINE)};
 
-// Kernels are listed products first, then prologues, then the sum of parts.
-constexpr int kFirstPrologue = std::size(kGemms);
+// Kernels are listed products first, then those of few rows, prologues, and the sum of parts.
+constexpr int kFirstStream = std::size(kGemms);
+constexpr int kFirstPrologue = kFirstStream + std::size(kStreams);
 
 Kernel gemm_kernel(Method method, int bits, Tile tile) {
   for (size_t i = 0; i < std::size(kGemms); ++i) {
@@ -39,13 +47,24 @@ Kernel gemm_kernel(Method method, int bits, Tile tile) {
                               ", tile " + name_of(tile));
 }
 
-Kernel prologue_kernel(DType x, Output output) {
+Kernel stream_kernel(Method method, int bits, int64_t rows) {
+  int slices = rows <= 8 ? 1 : 2;
+  for (size_t i = 0; i < std::size(kStreams); ++i) {
+    const StreamKernel& s = kStreams[i];
+    if (s.method == method && s.bits == bits && s.slices == slices) {
+      return static_cast<Kernel>(kFirstStream + i);
+    }
+  }
+  throw std::invalid_argument(std::string("there is no kernel for few rows by ") + name_of(method));
+}
+
+Kernel prologue_kernel(Output output, bool given) {
   for (size_t i = 0; i < std::size(kPrologues); ++i) {
-    if (kPrologues[i].x == x && kPrologues[i].output == output) {
+    if (kPrologues[i].output == output && kPrologues[i].given == given) {
       return static_cast<Kernel>(kFirstPrologue + i);
     }
   }
-  throw std::invalid_argument("there is no kernel for activations of this type");
+  throw std::invalid_argument("codes are for products by planes or codes");
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -74,7 +93,9 @@ Launch make_launch(Kernel kernel, int64_t grid_x, int64_t grid_y, int threads, i
 constexpr int kChunk = 1024;  // values of a warp of a prologue
 constexpr int kMostWarps = 16;
 
-Launch prologue_launch(const Problem& p, Output output, int bits, int64_t block, Prologue params) {
+// The parts of a prologue's parameters that a problem determines.
+void fill_prologue(const Problem& p, int bits, int64_t block, Prologue& params) {
+  params.dtype = p.x;
   params.m = static_cast<int32_t>(p.m);
   params.k = static_cast<int32_t>(p.k);
   params.bits = bits;
@@ -84,9 +105,35 @@ Launch prologue_launch(const Problem& p, Output output, int bits, int64_t block,
   params.act_group_words = group_words(p.act_group_size);
   params.groups = static_cast<int32_t>(group_count(p.k, p.group_size));
   params.group_words = group_words(p.group_size);
+}
+
+Launch prologue_launch(const Problem& p, Output output, const Prologue& params) {
   int64_t warps = std::min<int64_t>(kMostWarps, std::max<int64_t>(1, ceil_div(p.k, kChunk)));
-  return make_launch(prologue_kernel(p.x, output), p.m, 1, static_cast<int>(32 * warps),
-                     4 * std::max<int64_t>(1, words(p.k)), params);
+  return make_launch(prologue_kernel(output, p.x == DType::kU8), p.m, 1,
+                     static_cast<int>(32 * warps), 4 * std::max<int64_t>(1, words(p.k)), params);
+}
+
+Launch gemm_launch(const Problem& p, const Plan& plan, const Gemm& gemm) {
+  // Where K is 0 no group ever ends; kernels of whole tiles write their only one all the same.
+  Tile tile = p.k == 0 ? Tile::kWhole : plan.tile;
+  Shape shape = tile_shape(plan.method, p.weight_bits, tile);
+  int64_t grid = ceil_div(p.n, shape.columns()) * ceil_div(p.m, shape.rows());
+  return make_launch(gemm_kernel(plan.method, p.weight_bits, tile), grid, plan.splits,
+                     shape.threads(), shared_bytes(plan.method, p.weight_bits, shape), gemm);
+}
+
+// The launch of a product of few rows. A single row is quantized in it, if that fits.
+Launch stream_launch(const Problem& p, const Plan& plan, const Gemm& gemm,
+                     const Prologue& prologue, bool& quantize) {
+  int passes = gemm.passes, m = static_cast<int>(p.m);
+  int64_t stages = stream_stages_bytes(plan.method, p.weight_bits, passes, m, true);
+  int64_t row = quantized_row_bytes(layout_of(plan.method, p), p.k, gemm.act_groups, gemm.groups);
+  quantize = p.m == 1 && stages + row <= kSharedBytes;
+  int64_t shared = quantize ? stages + row
+                            : stream_stages_bytes(plan.method, p.weight_bits, passes, m, false);
+  Stream params{gemm, prologue, quantize, static_cast<int32_t>(stages)};
+  return make_launch(stream_kernel(plan.method, p.weight_bits, p.m), tiles(p.n), plan.splits,
+                     32 * kStreamWarps, shared, params);
 }
 
 void check_sizes(const Problem& p) {
@@ -113,7 +160,8 @@ std::vector<Launch> quantize_launches(const Problem& p, const void* x, const uin
   params.signs = signs;
   params.payload = codes;
   params.scales = scales;
-  return {prologue_launch(p, Output::kPlain, p.act_bits, block, params)};
+  fill_prologue(p, p.act_bits, block, params);
+  return {prologue_launch(p, Output::kPlain, params)};
 }
 
 std::vector<Launch> matmul_launches(const Problem& p, const Plan& plan, const Buffers& b) {
@@ -132,6 +180,7 @@ std::vector<Launch> matmul_launches(const Problem& p, const Plan& plan, const Bu
   prologue.sums = sums ? b.workspace + p.m * layout.sums : nullptr;
   auto output = static_cast<Output>(plan.method);
   int bits = plan.method == Method::kFloat ? static_cast<int>(layout.passes) : p.act_bits;
+  fill_prologue(p, bits, b.block, prologue);
 
   Gemm gemm{};
   gemm.weights = b.tiles;
@@ -159,14 +208,16 @@ std::vector<Launch> matmul_launches(const Problem& p, const Plan& plan, const Bu
   gemm.act_bits = p.act_bits;
   gemm.integers = p.integers;
 
-  // Where K is 0 no group ever ends; kernels of whole tiles write their only one all the same.
-  Tile tile = p.k == 0 ? Tile::kWhole : plan.tile;
-  Shape shape = tile_shape(plan.method, p.weight_bits, tile);
-  int64_t grid = ceil_div(p.n, shape.columns()) * ceil_div(p.m, shape.rows());
-  std::vector<Launch> launches = {
-      prologue_launch(p, output, bits, b.block, prologue),
-      make_launch(gemm_kernel(plan.method, p.weight_bits, tile), grid, plan.splits,
-                  shape.threads(), shared_bytes(plan.method, p.weight_bits, shape), gemm)};
+  std::vector<Launch> launches;
+  if (plan.tile == Tile::kStream) {
+    bool quantize;
+    Launch product = stream_launch(p, plan, gemm, prologue, quantize);
+    if (!quantize) launches.push_back(prologue_launch(p, output, prologue));
+    launches.push_back(product);
+  } else {
+    launches.push_back(prologue_launch(p, output, prologue));
+    launches.push_back(gemm_launch(p, plan, gemm));
+  }
   if (plan.splits == 1) return launches;
   Reduce reduce{b.parts,    b.bias,      b.out,
                 b.bias_dtype, b.out_dtype, plan.splits,

@@ -21,7 +21,7 @@ struct Launch {
   uint32_t threads;
   uint32_t shared_bytes;
   size_t param_bytes;
-  alignas(16) std::byte params[192];  // the kernel's only parameter
+  alignas(16) std::byte params[256];  // the kernel's only parameter
 };
 
 // Operands and results; absent ones are null.

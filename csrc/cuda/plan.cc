@@ -23,6 +23,7 @@ double efficiency(Tile tile) {
     case Tile::kMedium: return 0.75;
     case Tile::kWide: return 0.85;
     case Tile::kWhole: return 1.0;
+    case Tile::kStream: break;  // taken for few rows in any case
   }
   return 0;
 }
@@ -30,24 +31,34 @@ double efficiency(Tile tile) {
 // A part of a split product has at least so many blocks of K, so that copies run ahead for most of
 // its time, and results are split in so many parts at most, because each is written and read.
 constexpr int64_t kLeastSplitBlocks = 16, kMostSplits = 16;
+// Products of few rows: stages that a warp has at least.
+constexpr int64_t kLeastWarpStages = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr std::array<const char*, 3> kMethods = {"planes", "codes", "float"};
-constexpr std::array<const char*, 4> kTiles = {"narrow", "medium", "wide", "whole"};
+constexpr std::array<const char*, 5> kTiles = {"narrow", "medium", "wide", "whole", "stream"};
 
 int64_t group_count(int64_t k, int64_t group_size) { return k == 0 ? 1 : k / group_size; }
-
-bool has_tile(Method method, const Problem& p, Tile tile) {
-  if (method == Method::kPlanes) return tile == Tile::kNarrow || tile == Tile::kWhole;
-  return tile != Tile::kWhole || p.group_size == p.k;
-}
 
 struct Tiling {
   Tile tile;
   int splits;
   double cost;
 };
+
+// Parts of K for products of few rows: enough blocks for the chip, each with work for all warps.
+Tiling stream_tiling(const Problem& p, int multiprocessors) {
+  int64_t stages = ceil_div(words(p.k), stream_words(p.weight_bits));
+  int64_t splits = std::min({multiprocessors / std::max<int64_t>(1, tiles(p.n)),
+                             stages / (kLeastWarpStages * kStreamWarps), kMostSplits});
+  return {Tile::kStream, static_cast<int>(std::max<int64_t>(1, splits)), 1};
+}
+
+bool has_tile(Method method, const Problem& p, Tile tile) {
+  if (method == Method::kPlanes) return tile == Tile::kNarrow || tile == Tile::kWhole;
+  return tile != Tile::kWhole || p.group_size == p.k;
+}
 
 // Time in units of one product of a value: whole waves of blocks over the chip.
 Tiling tiling(Method method, const Problem& p, Tile tile, int multiprocessors) {
@@ -66,6 +77,7 @@ Tiling tiling(Method method, const Problem& p, Tile tile, int multiprocessors) {
 }
 
 Tiling best_tiling(Method method, const Problem& p, int multiprocessors) {
+  if (is_stream(method, p)) return stream_tiling(p, multiprocessors);
   Tiling best{};
   for (Tile tile : {Tile::kWhole, Tile::kWide, Tile::kMedium, Tile::kNarrow}) {
     if (!has_tile(method, p, tile)) continue;
@@ -73,6 +85,12 @@ Tiling best_tiling(Method method, const Problem& p, int multiprocessors) {
     if (best.cost == 0 || candidate.cost < best.cost) best = candidate;
   }
   return best;
+}
+
+std::string tile_text(Method method, int weight_bits, Tile tile) {
+  if (tile == Tile::kStream) return "weights streamed in tiles of " + std::to_string(kTile);
+  Shape shape = tile_shape(method, weight_bits, tile);
+  return "tiles of " + std::to_string(shape.rows()) + " x " + std::to_string(shape.columns());
 }
 
 std::string method_reason(Method method, const Problem& p, const std::string& not_planes) {
@@ -85,6 +103,12 @@ std::string method_reason(Method method, const Problem& p, const std::string& no
 }
 
 }  // namespace
+
+bool is_stream(Method method, const Problem& p) {
+  if (method == Method::kPlanes || p.integers || p.m > kMostStreamRows) return false;
+  return stream_stages_bytes(method, p.weight_bits, pass_count(method, p), static_cast<int>(p.m),
+                             false) <= kSharedBytes;
+}
 
 int pass_count(Method method, const Problem& p) {
   if (method == Method::kPlanes) return p.act_bits;
@@ -123,6 +147,9 @@ Plan make_plan(const Problem& p, const Device& device, const std::string& asked)
   } else {
     int products = p.act_bits * p.weight_bits;
     std::string not_planes = refusal(Method::kPlanes, p, device.arch);
+    if (not_planes.empty() && is_stream(Method::kCodes, p)) {
+      not_planes = "for few rows all takes the time of reading the weights";
+    }
     if (not_planes.empty() && products > kMaxPlaneProducts) {
       not_planes = std::to_string(products) + " one-bit products cost more than an 8-bit one";
     }
@@ -134,8 +161,7 @@ Plan make_plan(const Problem& p, const Device& device, const std::string& asked)
     reason = method_reason(method, p, not_planes);
   }
   Tiling t = best_tiling(method, p, device.multiprocessors);
-  Shape shape = tile_shape(method, p.weight_bits, t.tile);
-  reason += "; tiles of " + std::to_string(shape.rows()) + " x " + std::to_string(shape.columns());
+  reason += "; " + tile_text(method, p.weight_bits, t.tile);
   if (t.splits > 1) reason += ", K in " + std::to_string(t.splits) + " parts to fill the chip";
   return {method, t.tile, t.splits, reason};
 }
@@ -150,7 +176,7 @@ Tile parse_tile(const std::string& name) {
   for (size_t i = 0; i < kTiles.size(); ++i) {
     if (name == kTiles[i]) return static_cast<Tile>(i);
   }
-  throw std::invalid_argument("tile must be narrow, medium, wide or whole, got " + name);
+  throw std::invalid_argument("tile must be narrow, medium, wide, whole or stream, got " + name);
 }
 const char* name_of(Method method) { return kMethods[static_cast<size_t>(method)]; }
 const char* name_of(Tile tile) { return kTiles[static_cast<size_t>(tile)]; }

@@ -40,6 +40,10 @@ std::string refusal(Method method, const Problem& problem, int arch);
 // std::invalid_argument with the reason if none can.
 Plan make_plan(const Problem& problem, const Device& device, const std::string& asked);
 
+// Whether reading the weights is all that takes time, and activations fit in shared memory beside
+// them: then kStream can be used.
+bool is_stream(Method method, const Problem& problem);
+
 // The number of times that activations are read: planes, or parts of floats.
 int pass_count(Method method, const Problem& problem);
 Layout layout_of(Method method, const Problem& problem);

@@ -60,12 +60,13 @@ constexpr int kReduceThreads = 256;
 
 // Parameters of the kernels that lay activations out.
 struct Prologue {
-  const void* x;          // [m][k] of the kernel's type
+  const void* x;          // [m][k] of dtype, or codes
   const uint32_t* signs;  // [words(k)], a set bit is -1
   const float* peaks;     // [m] largest magnitudes to scale by, or null for each row's own
   uint8_t* payload;       // as above, or codes [m][k]
   float* scales;          // [act_groups][m], for codes [m][act_groups]
   void* sums;             // [groups][m] or null
+  DType dtype;
   int32_t m, k, blocks;
   int32_t bits;           // of a code; number of parts of floats
   int32_t block;          // Hadamard block, 0 for no rotation
@@ -91,6 +92,14 @@ struct Gemm {
   int32_t act_groups;       // 1 or `groups`
   int32_t act_bits;         // 0 for floats
   bool integers;            // the result is sums of q_x q_w
+};
+
+// Parameters of the kernels for few rows, which can quantize a single row themselves.
+struct Stream {
+  Gemm gemm;
+  Prologue prologue;
+  bool quantize;
+  int32_t quantize_at;  // where in shared memory
 };
 
 // Parameters of the kernel that adds the parts of a split product.

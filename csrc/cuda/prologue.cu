@@ -3,6 +3,12 @@
 #include "prologue.cuh"
 #include "reduce.cuh"
 
+#define ANYPREC_DEFINE_PROLOGUE(name, output, given)                                       \
+  extern "C" __global__ void __launch_bounds__(512)                                        \
+      name(const __grid_constant__ anyprec::cuda::Prologue p) {                            \
+    extern __shared__ float pieces[];                                                      \
+    anyprec::cuda::lay_out_row<anyprec::cuda::Output::output, given>(p, blockIdx.x, pieces); \
+  }
 ANYPREC_PROLOGUES(ANYPREC_DEFINE_PROLOGUE)
 
 extern "C" __global__ void __launch_bounds__(anyprec::cuda::kReduceThreads)

@@ -1,6 +1,9 @@
 // Activations of one row, by one block of threads: rotate, scale, round, sum, and lay out as the
-// products read them (product.h). A "piece" is the 32 values of a word; four lanes have it.
+// products read them (product.h). A "piece" is the 32 values of a word; four lanes have it. Results
+// may lie in global memory, or in shared memory for a product in the same kernel.
 #pragma once
+
+#include <algorithm>
 
 #include "lanes.cuh"
 #include "values.cuh"
@@ -15,22 +18,24 @@ constexpr int kRuns = 4;              // of them, 256 apart
 constexpr int kChunk = 32 * kValues * kRuns;  // values of a warp, and the longest Hadamard block
 using Chunk = float[kRuns][kValues];
 
-__device__ inline float to_float(uint8_t code) { return code; }
-
 // Eight values from `at`, zeros past k.
-template <typename T>
-__device__ inline void load_values(const T* row, int at, int k, float (&v)[kValues]) {
-  struct alignas(kValues * sizeof(T) < 16 ? kValues * sizeof(T) : 16) Eight {
-    T x[kValues];
-  };
-  if (k % kValues == 0 && at < k) {  // rows are aligned, and end with eight
-    Eight eight = *reinterpret_cast<const Eight*>(row + at);
+__device__ inline void load_values(const Prologue& p, int row, int at, float (&v)[kValues]) {
+  with_dtype(p.dtype, p.x, [&](auto* x) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+    x += int64_t{row} * p.k + at;
+    if (p.k % kValues == 0 && at < p.k) {  // rows are aligned, and end with eight
+      constexpr int kWidth = std::min<int>(kValues, 16 / sizeof(T));
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) v[i] = to_float(eight.x[i]);
-    return;
-  }
+      for (int i = 0; i < kValues; i += kWidth) {
+        auto pack = *reinterpret_cast<const Pack<T, kWidth>*>(x + i);
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) v[i] = at + i < k ? to_float(row[at + i]) : 0.0f;
+        for (int j = 0; j < kWidth; ++j) v[i + j] = to_float(pack.x[j]);
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) v[i] = at + i < p.k ? to_float(x[i]) : 0.0f;
+  });
 }
 
 // One round: sums and differences of values `kDistance` apart. The order of rounds is the format's.
@@ -72,13 +77,11 @@ __device__ inline void hadamard(Chunk& v, int lane, int block, float norm) {
   }
 }
 
-template <typename T>
-__device__ inline void load_chunk(const Prologue& p, int first, int lane, Chunk& v) {
-  const T* row = static_cast<const T*>(p.x) + int64_t{blockIdx.x} * p.k;
+__device__ inline void load_chunk(const Prologue& p, int row, int first, int lane, Chunk& v) {
 #pragma unroll
   for (int r = 0; r < kRuns; ++r) {
     int at = first + r * 32 * kValues + lane * kValues;
-    load_values(row, at, p.k, v[r]);
+    load_values(p, row, at, v[r]);
     if (p.block == 0 || at >= p.k) continue;
     uint32_t signs = p.signs[at / kWordBits] >> (at % kWordBits);
 #pragma unroll
@@ -124,42 +127,42 @@ __device__ inline int encode(float x, float inverse, int bits) {
 
 // Turns the largest magnitudes in pieces[] into the scales of their groups, and keeps those.
 template <Output kOutput>
-__device__ inline void choose_scales(const Prologue& p, float* pieces) {
+__device__ inline void choose_scales(const Prologue& p, int row, float* pieces) {
   int lane = threadIdx.x % 32, warps = blockDim.x / 32, n = static_cast<int>(words(p.k));
   for (int g = threadIdx.x / 32; g < p.act_groups; g += warps) {
     int first = g * p.act_group_words, last = min(n, first + p.act_group_words);
     uint32_t largest = 0;
     for (int i = first + lane; i < last; i += 32) largest = max(largest, __float_as_uint(pieces[i]));
     largest = __reduce_max_sync(kAllLanes, largest);
-    float absmax = p.peaks != nullptr ? p.peaks[blockIdx.x] : __uint_as_float(largest);
+    float absmax = p.peaks != nullptr ? p.peaks[row] : __uint_as_float(largest);
     float scale = absmax_scale(absmax, p.bits);
     for (int i = first + lane; i < last; i += 32) pieces[i] = scale;
     if (lane != 0) continue;
     if (kOutput == Output::kPlain) {
-      p.scales[int64_t{blockIdx.x} * p.act_groups + g] = scale;
+      p.scales[int64_t{row} * p.act_groups + g] = scale;
     } else {
       int unit = kOutput == Output::kCodes ? act_unit(p.bits) : 1;
-      p.scales[int64_t{g} * p.m + blockIdx.x] = scale * unit;
+      p.scales[int64_t{g} * p.m + row] = scale * unit;
     }
   }
 }
 
 template <typename T>
-__device__ inline void sum_groups(const Prologue& p, const T* pieces) {
+__device__ inline void sum_groups(const Prologue& p, int row, const T* pieces) {
   int lane = threadIdx.x % 32, warps = blockDim.x / 32, n = static_cast<int>(words(p.k));
   for (int g = threadIdx.x / 32; g < p.groups; g += warps) {
     int first = g * p.group_words, last = min(n, first + p.group_words);
     T sum = 0;
     for (int i = first + lane; i < last; i += 32) sum += pieces[i];
     sum = warp_sum(sum);
-    if (lane == 0) static_cast<T*>(p.sums)[int64_t{g} * p.m + blockIdx.x] = sum;
+    if (lane == 0) static_cast<T*>(p.sums)[int64_t{g} * p.m + row] = sum;
   }
 }
 
 // --- laying out the eight values of a lane, which begin at index `at` ---
 
-__device__ inline uint8_t* in_block(const Prologue& p, int pass, int block) {
-  return p.payload + ((int64_t{pass} * p.blocks + block) * p.m + blockIdx.x) * kBlockBytes;
+__device__ inline uint8_t* in_block(const Prologue& p, int row, int pass, int block) {
+  return p.payload + ((int64_t{pass} * p.blocks + block) * p.m + row) * kBlockBytes;
 }
 
 __device__ inline void pack_bytes(const int (&x)[kValues], uint32_t& lo, uint32_t& hi) {
@@ -171,17 +174,19 @@ __device__ inline void pack_bytes(const int (&x)[kValues], uint32_t& lo, uint32_
   }
 }
 
-__device__ inline void store_codes(const Prologue& p, int at, int lane, const int (&x)[kValues]) {
+__device__ inline void store_codes(const Prologue& p, int row, int at, int lane,
+                                   const int (&x)[kValues]) {
   uint32_t lo, hi;
   pack_bytes(x, lo, hi);
   lo = transpose_bytes(lo, lane), hi = transpose_bytes(hi, lane);
   int block = at / 64;
   if (block >= p.blocks) return;
-  auto* to = in_block(p, 0, block) + 16 * (lane % 4) + 8 * (at / 32 % 2);
+  auto* to = in_block(p, row, 0, block) + 16 * (lane % 4) + 8 * (at / 32 % 2);
   *reinterpret_cast<uint2*>(to) = make_uint2(lo, hi);
 }
 
-__device__ inline void store_planes(const Prologue& p, int at, int lane, const int (&u)[kValues]) {
+__device__ inline void store_planes(const Prologue& p, int row, int at, int lane,
+                                   const int (&u)[kValues]) {
   uint32_t x[2];
   pack_bytes(u, x[0], x[1]);
   transpose_bits(x[0], x[1]);
@@ -191,13 +196,13 @@ __device__ inline void store_planes(const Prologue& p, int at, int lane, const i
     x[i] = transpose_bytes(x[i], lane);
     int bit = 4 * i + lane % 4;
     if (block >= p.blocks || bit >= p.bits) continue;
-    auto* to = in_block(p, p.bits - 1 - bit, block) + 16 * (in % 4) + 4 * (in / 4);
+    auto* to = in_block(p, row, p.bits - 1 - bit, block) + 16 * (in % 4) + 4 * (in / 4);
     *reinterpret_cast<uint32_t*>(to) = x[i];
   }
 }
 
-__device__ inline void store_plain(const Prologue& p, int at, const int (&u)[kValues]) {
-  uint8_t* to = p.payload + int64_t{blockIdx.x} * p.k + at;
+__device__ inline void store_plain(const Prologue& p, int row, int at, const int (&u)[kValues]) {
+  uint8_t* to = p.payload + int64_t{row} * p.k + at;
   if (p.k % kValues == 0 && at < p.k) {
     uint2 packed;
     pack_bytes(u, packed.x, packed.y);
@@ -211,7 +216,8 @@ __device__ inline void store_plain(const Prologue& p, int at, const int (&u)[kVa
 }
 
 // Parts of the upper 16 bits of a float each, which leaves the rest exact.
-__device__ inline void store_floats(const Prologue& p, int at, int lane, float (&v)[kValues]) {
+__device__ inline void store_floats(const Prologue& p, int row, int at, int lane,
+                                    float (&v)[kValues]) {
   int block = at / kWordBits;
   for (int part = 0; part < p.bits; ++part) {
     uint32_t x[4];
@@ -224,7 +230,7 @@ __device__ inline void store_floats(const Prologue& p, int at, int lane, float (
     }
     transpose_words(x, lane);
     if (block >= p.blocks) continue;
-    *reinterpret_cast<uint4*>(in_block(p, part, block) + 16 * (lane % 4)) =
+    *reinterpret_cast<uint4*>(in_block(p, row, part, block) + 16 * (lane % 4)) =
         make_uint4(__byte_perm(x[0], x[2], 0x5410), __byte_perm(x[1], x[3], 0x5410),
                    __byte_perm(x[0], x[2], 0x7632), __byte_perm(x[1], x[3], 0x7632));
   }
@@ -235,9 +241,9 @@ __device__ inline float finite_or_nan(float x) {
   return fabsf(x) <= 0x1.fffffep127f ? x : __int_as_float(0x7fffffff);
 }
 
-// --- the kernel ---
+// --- a row ---
 
-__device__ inline void lay_out_floats(const Prologue& p, int first, int lane, Chunk& v,
+__device__ inline void lay_out_floats(const Prologue& p, int row, int first, int lane, Chunk& v,
                                       float* pieces) {
 #pragma unroll
   for (int r = 0; r < kRuns; ++r) {
@@ -250,14 +256,16 @@ __device__ inline void lay_out_floats(const Prologue& p, int first, int lane, Ch
     }
     sum = quad_sum(sum);
     if (lane % 4 == 0 && at < p.k) pieces[at / kWordBits] = sum;
-    store_floats(p, at, lane, v[r]);
+    store_floats(p, row, at, lane, v[r]);
   }
 }
 
+// Codes: of floats whose scales are in pieces[], or the bytes at p.x themselves.
 template <Output kOutput, bool kGiven>
-__device__ inline void lay_out_codes(const Prologue& p, int first, int lane, const Chunk& v,
-                                     float* pieces) {
+__device__ inline void lay_out_codes(const Prologue& p, int row, int first, int lane,
+                                     const Chunk& v, float* pieces) {
   int centre = act_centre(p.bits);
+  auto* given = static_cast<const uint8_t*>(p.x) + int64_t{row} * p.k;
 #pragma unroll
   for (int r = 0; r < kRuns; ++r) {
     int at = first + r * 32 * kValues + lane * kValues, piece = at / kWordBits;
@@ -269,32 +277,33 @@ __device__ inline void lay_out_codes(const Prologue& p, int first, int lane, con
     int x[kValues], sum = 0;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      int u = kGiven ? static_cast<int>(v[r][i]) & max_level(p.bits)
-                     : encode(v[r][i], inverse, p.bits);
       bool inside = at + i < p.k;
+      int u = !kGiven  ? encode(v[r][i], inverse, p.bits)
+              : inside ? given[at + i] & max_level(p.bits)
+                       : 0;
       int q = inside ? 2 * u - centre : 0;
       if (kOutput == Output::kCodes) q /= act_unit(p.bits);
       sum += q;
       x[i] = kOutput == Output::kCodes ? q : inside ? u : 0;
     }
     if constexpr (kOutput == Output::kPlain) {
-      store_plain(p, at, x);
+      store_plain(p, row, at, x);
     } else {
       sum = quad_sum(sum);
-      // The lanes of a piece have all read its scale: they have met in the exchange of sums.
-      __syncwarp();
+      __syncwarp();  // the lanes of a piece have all read its scale
       if (lane % 4 == 0 && at < p.k) pieces[piece] = __int_as_float(sum);
-      kOutput == Output::kCodes ? store_codes(p, at, lane, x) : store_planes(p, at, lane, x);
+      if constexpr (kOutput == Output::kCodes) {
+        store_codes(p, row, at, lane, x);
+      } else {
+        store_planes(p, row, at, lane, x);
+      }
     }
   }
 }
 
-// For T = uint8_t x holds codes.
-template <typename T, Output kOutput>
-__device__ inline void prologue(const Prologue& p) {
-  constexpr bool kGiven = sizeof(T) == 1;
-  extern __shared__ uint4 shared_memory[];
-  auto* pieces = reinterpret_cast<float*>(shared_memory);
+// Lays out one row. `pieces` are words(k) floats of shared memory.
+template <Output kOutput, bool kGiven>
+__device__ inline void lay_out_row(const Prologue& p, int row, float* pieces) {
   int lane = threadIdx.x % 32, step = blockDim.x / 32 * kChunk;
   int mine = threadIdx.x / 32 * kChunk;
   constexpr int kBlockValues = kOutput == Output::kPlanes ? 512 : kOutput == Output::kCodes ? 64 : 32;
@@ -303,7 +312,7 @@ __device__ inline void prologue(const Prologue& p) {
   int held = -1;  // first index of the chunk in v
   if constexpr (!kGiven && kOutput != Output::kFloat) {
     for (int first = mine; first < p.k; first += step) {
-      load_chunk<T>(p, first, lane, v);
+      load_chunk(p, row, first, lane, v);
       held = first;
 #pragma unroll
       for (int r = 0; r < kRuns; ++r) {
@@ -315,25 +324,25 @@ __device__ inline void prologue(const Prologue& p) {
       }
     }
     __syncthreads();
-    choose_scales<kOutput>(p, pieces);
+    choose_scales<kOutput>(p, row, pieces);
     __syncthreads();
   }
-  // Rows that fit the registers are read once.
   for (int first = mine; first < end; first += step) {
-    if (first != held) load_chunk<T>(p, first, lane, v);
+    // Rows that fit the registers are read once.
+    if (!kGiven && first != held) load_chunk(p, row, first, lane, v);
     held = first;
     if constexpr (kOutput == Output::kFloat) {
-      lay_out_floats(p, first, lane, v, pieces);
+      lay_out_floats(p, row, first, lane, v, pieces);
     } else {
-      lay_out_codes<kOutput, kGiven>(p, first, lane, v, pieces);
+      lay_out_codes<kOutput, kGiven>(p, row, first, lane, v, pieces);
     }
   }
   if (kOutput == Output::kPlain || p.sums == nullptr) return;
   __syncthreads();
   if constexpr (kOutput == Output::kFloat) {
-    sum_groups(p, pieces);
+    sum_groups(p, row, pieces);
   } else {
-    sum_groups(p, reinterpret_cast<const int*>(pieces));
+    sum_groups(p, row, reinterpret_cast<const int*>(pieces));
   }
 }
 

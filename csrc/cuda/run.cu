@@ -7,9 +7,12 @@
 // The kernels, which the other files of this folder define.
 #define ANYPREC_DECLARE_GEMM(name, ...) \
   extern "C" __global__ void name(const __grid_constant__ anyprec::cuda::Gemm p);
+#define ANYPREC_DECLARE_STREAM(name, ...) \
+  extern "C" __global__ void name(const __grid_constant__ anyprec::cuda::Stream p);
 #define ANYPREC_DECLARE_PROLOGUE(name, ...) \
   extern "C" __global__ void name(const __grid_constant__ anyprec::cuda::Prologue p);
 ANYPREC_GEMMS(ANYPREC_DECLARE_GEMM)
+ANYPREC_STREAMS(ANYPREC_DECLARE_STREAM)
 ANYPREC_PROLOGUES(ANYPREC_DECLARE_PROLOGUE)
 extern "C" __global__ void anyprec_reduce(const __grid_constant__ anyprec::cuda::Reduce p);
 

@@ -9,7 +9,8 @@ namespace anyprec::cuda {
 
 // kNarrow is for few rows of activations, kMedium for some, kWide for many. kWhole is wide too, but
 // applies scales only once, so it has registers for a larger tile and is for a single weight group.
-enum class Tile : int32_t { kNarrow, kMedium, kWide, kWhole };
+// kStream is for so few rows that reading the weights is all that takes time.
+enum class Tile : int32_t { kNarrow, kMedium, kWide, kWhole, kStream };
 
 // A warp computes strips of 16 columns by slices of 8 rows, as instructions do; warps_n by warps_m of
 // them are a block.
@@ -36,6 +37,7 @@ constexpr Shape tile_shape(Method method, int weight_bits, Tile tile) {
     case Tile::kMedium: return {4, 4, 2, 2};
     case Tile::kWide: return {4, 4, 2, 4};
     case Tile::kWhole: return {4, 8, 4, 2};
+    case Tile::kStream: break;  // below
   }
   return {};
 }
@@ -57,6 +59,38 @@ constexpr int stage_count(Method method, int weight_bits, Shape s) {
 }
 constexpr int shared_bytes(Method method, int weight_bits, Shape s) {
   return stage_count(method, weight_bits, s) * stage_bytes(method, weight_bits, s);
+}
+
+// --- products of few rows: a block has a tile of weights, its warps a part of K each ---
+
+constexpr int kStreamWarps = 8, kStreamStages = 4;
+constexpr int kMostStreamRows = 16;
+
+// Words of K in a stage of a warp: 1 to 2 KiB of weights.
+constexpr int stream_words(int weight_bits) {
+  return weight_bits == 1 ? 8 : weight_bits <= 3 ? 4 : 2;
+}
+constexpr int stream_row_bytes() { return 4 * kTile + 32; }
+
+// Bytes of activations in a stage of `blocks` blocks.
+constexpr int stream_value_bytes(int blocks, int passes, int m) {
+  return blocks * passes * m * kBlockBytes;
+}
+
+// Of shared memory: the stages of all warps, which later hold the warps' sums.
+constexpr int64_t stream_stages_bytes(Method method, int weight_bits, int passes, int m,
+                                      bool quantize) {
+  int words = stream_words(weight_bits), blocks = words / block_words(method);
+  int values = quantize ? 0 : stream_value_bytes(blocks, passes, m);
+  return int64_t{kStreamWarps} * kStreamStages *
+         (weight_bits * words * stream_row_bytes() + values);
+}
+
+// Of shared memory: a row that the block quantizes itself, its pieces, scales and sums.
+constexpr int64_t quantized_row_bytes(const Layout& layout, int64_t k, int64_t act_groups,
+                                      int64_t groups) {
+  return kBlockBytes * layout.blocks * layout.passes +
+         4 * (std::max<int64_t>(1, words(k)) + act_groups + groups);
 }
 
 }  // namespace anyprec::cuda

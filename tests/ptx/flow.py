@@ -64,8 +64,8 @@ def _order(first: int, inside: set[int], following: list[list[int]]) -> list[int
         if len(component) == 1:
             placed += component
         else:
-            header = min(component)
-            placed += _order(header, set(component), following)
+            # Its last block is the one that was come to first: where the loop is entered.
+            placed += _order(component[-1], set(component), following)
     return placed
 
 
