@@ -42,6 +42,8 @@ void check_problem(const Problem& p) {
 void check_plan(const Problem& p, const Plan& plan) {
   expect(plan.tile != Tile::kWhole || p.k == 0 || p.group_size == p.k,
          "tile whole needs one scale for all of K");
+  expect(plan.tile != Tile::kStream || is_stream(plan.method, p),
+         "tile stream is for at most 16 rows, by codes or floats");
   expect(plan.splits >= 1 && plan.splits <= kMostSplits, "splits must be 1 to 16");
   if (plan.splits == 1) return;
   expect(!p.integers, "integer products can't be split");
