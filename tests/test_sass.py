@@ -203,6 +203,18 @@ def test_products_are_of_tensor_cores(arch: str, method: str) -> None:
         assert not inside & {"POPC", "CALL"}, f"{name} is emulated: {sorted(inside)}"
 
 
+@pytest.mark.parametrize("arch", architectures())
+def test_few_rows_are_read_with_wide_copies(arch: str) -> None:
+    names = [f"anyprec_stream_{m}_w{b}_m8" for m in ("codes", "float") for b in (1, 4, 8)]
+    for name, opcodes in instructions(arch, *names).items():
+        assert not usage(arch)[name].stack, name
+        assert usage(arch)[name].registers <= 128, name  # two blocks of 256 threads
+        assert TENSOR_CORES[name.split("_")[2]] in {opcode.split(".")[0] for opcode in opcodes}
+        copies = [opcode for opcode in opcodes if opcode.startswith("LDGSTS")]
+        assert copies, name
+        assert all(".128" in opcode for opcode in copies), (name, copies)
+
+
 @pytest.mark.parametrize(("arch", "method"), launched())
 def test_copies_are_16_bytes_and_asynchronous(arch: str, method: str) -> None:
     for name, opcodes in products(arch, method).items():

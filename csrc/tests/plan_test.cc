@@ -104,6 +104,32 @@ void check_gemm(const Problem& p, const Plan& plan, const Launch& l, const std::
   check(g.out == (plan.splits == 1 ? buffers().out : buffers().parts), what + ": where it writes");
 }
 
+void check_stream(const Problem& p, const Plan& plan, const Launch& l, bool quantized,
+                  const std::string& what) {
+  Stream s = params_of<Stream>(l, what);
+  std::string name = std::string("anyprec_stream_") + name_of(plan.method) + "_w" +
+                     std::to_string(p.weight_bits) + (p.m <= 8 ? "_m8" : "_m16");
+  check(name_of(l.kernel) == name, what + ": runs " + name_of(l.kernel));
+  check(p.m <= kMostStreamRows && l.threads == 32 * kStreamWarps, what + ": rows and threads");
+  check(l.shared_bytes <= 99 * 1024, what + ": shared memory");
+  check(l.grid[0] == tiles(p.n) && static_cast<int>(l.grid[1]) == plan.splits,
+        what + ": grid covers N and K");
+  check(s.quantize == !quantized && (!s.quantize || p.m == 1), what + ": who quantizes");
+  check(s.gemm.out == (plan.splits == 1 ? buffers().out : buffers().parts),
+        what + ": where it writes");
+  // The sums of all warps take the place of the stages.
+  int64_t sums = int64_t{kStreamWarps} * 32 * 4 * (p.m <= 8 ? 8 : 16);
+  check(sums <= l.shared_bytes, what + ": room for sums");
+}
+
+void check_stream_launches(const Problem& p, const Plan& plan, const std::vector<Launch>& launches,
+                           const std::string& what) {
+  size_t others = plan.splits == 1 ? 0 : 1;
+  bool quantized = launches.size() == 2 + others;
+  check(quantized || launches.size() == 1 + others, what + ": number of launches");
+  check_stream(p, plan, launches[quantized], quantized, what);
+}
+
 void check_launches(const Problem& p, const Plan& plan) {
   std::string what = describe(p, plan);
   std::vector<Launch> launches = matmul_launches(p, plan, buffers());
@@ -111,6 +137,7 @@ void check_launches(const Problem& p, const Plan& plan) {
     check(launches.empty(), what + ": nothing to compute");
     return;
   }
+  if (plan.tile == Tile::kStream) return check_stream_launches(p, plan, launches, what);
   check(launches.size() == (plan.splits == 1 ? 2u : 3u), what + ": number of launches");
   Prologue prologue = params_of<Prologue>(launches[0], what);
   check(launches[0].grid[0] == p.m && launches[0].threads <= 512, what + ": prologue's grid");
@@ -186,6 +213,32 @@ void test_groups() {
   }
 }
 
+// Copies of weights that are under way at once: enough to keep a chip's memory busy while they take
+// 800 ns, from blocks that registers (2 of 256 threads) and shared memory let a multiprocessor have.
+void test_bytes_under_way() {
+  struct Chip {
+    const char* name;
+    double bytes_per_second;
+    int multiprocessors, shared_bytes;
+  };
+  for (const Chip& chip : {Chip{"A100", 2.0e12, 108, 164 << 10}, Chip{"H100", 3.35e12, 132, 227 << 10},
+                           Chip{"RTX 4090", 1.0e12, 128, 100 << 10}}) {
+    double needed = chip.bytes_per_second * 800e-9 / chip.multiprocessors;
+    for (int bits = 1; bits <= kMaxBits; ++bits) {
+      Problem p = problem(1, 8192, 8192, 8, bits);
+      Plan plan = make_plan(p, {90, chip.multiprocessors}, "");
+      Launch l = matmul_launches(p, plan, buffers())[0];
+      int blocks = std::min(2, chip.shared_bytes / static_cast<int>(l.shared_bytes + 1024));
+      double under_way = blocks * kStreamWarps * (kStreamStages - 1) * 4.0 * kTile * bits *
+                         stream_words(bits);
+      check(under_way >= needed, std::string(chip.name) + " at " + std::to_string(bits) +
+                                     " bits: too few bytes under way");
+      check(l.grid[0] * l.grid[1] >= 0.9 * chip.multiprocessors,
+            std::string(chip.name) + ": too few blocks");
+    }
+  }
+}
+
 void test_choice() {
   auto method = [](int act_bits, int bits, const Device& device) {
     return make_plan(problem(1024, 4096, 4096, act_bits, bits), device, "").method;
@@ -252,6 +305,7 @@ int main() {
   test_sizes();
   test_groups();
   test_choice();
+  test_bytes_under_way();
   test_refusals();
   test_quantize();
   std::printf("%d checks passed, %d failed\n", passed, failed);
