@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
 from jax_anyprec import fetch
+
+# For tests of benchmarks, which are not installed. Last, so that the package is the installed one.
+sys.path.append(str(Path(__file__).parents[1]))
 
 jax.config.update("jax_num_cpu_devices", 8)  # one computes, unless a test asks for more
 

@@ -270,7 +270,7 @@ def test_a_tangent_is_a_product_of_floats(cuda: Any, name: str | None) -> None:
         run = lambda x: ap.matmul(x, w, act_bits=2, implementation=name)  # noqa: E731
         return jax.jvp(run, (x,), (x,))
 
-    calls = calls_of(program_of(tangent, rows(5, 64), packed(32, 64, 2)))
+    calls = calls_of(program_of(tangent, rows(64, 64), packed(32, 64, 2)))
     methods = {call.attributes["method"] for call in calls}
     assert methods == {(name or "cuda_planes").removeprefix("cuda_"), "float"}
 
@@ -401,9 +401,9 @@ def test_quantizing_operands(cuda: Any, stand_in: None, block: int) -> None:
 def test_families_by_name(cuda: Any) -> None:
     for name, method in (("cuda_planes", "planes"), ("cuda_codes", "codes"), ("cuda", "planes")):
         run = lambda x, w, name=name: ap.matmul(x, w, act_bits=2, implementation=name)  # noqa: E731
-        assert call_of(run, rows(4, 96), packed(33, 96, 2)).attributes["method"] == method
+        assert call_of(run, rows(64, 96), packed(33, 96, 2)).attributes["method"] == method
     run = lambda x, w: ap.matmul(x, w, implementation="cuda")  # noqa: E731
-    assert call_of(run, rows(4, 96), packed(33, 96, 2)).attributes["method"] == "float"
+    assert call_of(run, rows(64, 96), packed(33, 96, 2)).attributes["method"] == "float"
 
 
 REFUSED = {
@@ -450,7 +450,7 @@ def test_programs_are_for_the_first_device(cuda: Any, monkeypatch: pytest.Monkey
     for devices, method in (([], "planes"), ([H100, B200], "planes"), ([B200, H100], "codes")):
         monkeypatch.setattr(cuda, "devices", lambda devices=devices: devices)
         run = lambda x, w: ap.matmul(x, w, act_bits=1)  # noqa: E731
-        assert call_of(run, rows(4, 96), packed(33, 96, 1)).attributes["method"] == method
+        assert call_of(run, rows(64, 96), packed(33, 96, 1)).attributes["method"] == method
 
 
 def test_a_device_without_code(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
