@@ -331,11 +331,17 @@ def test_ours_are_compared_with_cutlass() -> None:
 # --- the commands ---
 
 
+def module(name: str) -> tuple[str, ...]:
+    """Runs a module of this folder; with -P the package is the installed one, not the sources."""
+    code = "import runpy, sys; sys.path.append('.'); runpy.run_module(sys.argv.pop(1), None, '__main__')"
+    return (sys.executable, "-P", "-c", code, name)
+
+
 def test_a_smoke_run_writes_rows_that_the_summary_reads(tmp_path: Path) -> None:
     """The command itself; its sizes are so small that it takes seconds."""
     path, peaks = tmp_path / "rows.jsonl", tmp_path / "rates.json"
     peaks.write_text(json.dumps(report()))
-    command = (sys.executable, "-m", "benchmarks.gpu.products", "--smoke", "--platform", "cpu")
+    command = (*module("benchmarks.gpu.products"), "--smoke", "--platform", "cpu")
     done = run(*command, "--rounds", "1", "--peaks", str(peaks), "--rows", str(path), COMMIT="abc")
     assert done.returncode == 0, done.stderr
     about, *rows = map(json.loads, path.read_text().splitlines())
@@ -344,7 +350,7 @@ def test_a_smoke_run_writes_rows_that_the_summary_reads(tmp_path: Path) -> None:
     assert len(rows) == len(SMOKE.rows) * (3 + len(SMOKE.precisions) + 3)
     # As a run leaves it that is killed while it writes.
     path.write_text(path.read_text()[:-10])
-    shown = run(sys.executable, "-m", "benchmarks.gpu.summary", str(path))
+    shown = run(*module("benchmarks.gpu.summary"), str(path))
     assert f"measured: {len(rows) - 1} rows of 1 cases" in shown.stdout
 
 
