@@ -333,7 +333,10 @@ def test_ours_are_compared_with_cutlass() -> None:
 
 def module(name: str) -> tuple[str, ...]:
     """Runs a module of this folder; with -P the package is the installed one, not the sources."""
-    code = "import runpy, sys; sys.path.append('.'); runpy.run_module(sys.argv.pop(1), None, '__main__')"
+    code = (
+        "import runpy, sys; sys.path.append('.'); "
+        "runpy.run_module(sys.argv.pop(1), None, '__main__')"
+    )
     return (sys.executable, "-P", "-c", code, name)
 
 
