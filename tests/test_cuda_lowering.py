@@ -216,6 +216,17 @@ def test_symbolic_rows_are_not_split(cuda: Any) -> None:
     assert (call.results[0], call.results[2]) == ("?x64xf32", "0x?x64xf32")
 
 
+def test_symbolic_rows_are_planned_as_many(cuda: Any) -> None:
+    (b,) = export.symbolic_shape("b")
+    run = lambda x, w: ap.matmul(x, w, act_bits=2)  # noqa: E731
+    symbolic, many, few = (
+        call_of(run, jax.ShapeDtypeStruct((m, 256), jnp.float32), packed(64, 256, 2)).attributes
+        for m in (b, 1 << 16, 1)
+    )
+    assert symbolic == many
+    assert (symbolic["method"], few["method"], few["tile"]) == ("planes", "codes", "stream")
+
+
 @pytest.mark.parametrize("prepared", [False, True])
 def test_integer_products(cuda: Any, prepared: bool) -> None:
     w = packed(33, 128, 3, group=32)
