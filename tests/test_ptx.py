@@ -716,6 +716,10 @@ BUGS = {
     "uninitialised_shared": ptx.Uninitialised,
     "uninitialised_local": ptx.Uninitialised,
     "uninitialised_register": ptx.Uninitialised,
+    "uninitialised_policy": ptx.Uninitialised,
+    "no_policy": ptx.BadPolicy,
+    "no_policy_of_a_copy": ptx.BadPolicy,
+    "policy_for_no_address": ptx.BadPolicy,
     "divergent_mma": ptx.Divergence,
     "divergent_shuffle": ptx.Divergence,
     "divergent_barrier": ptx.Divergence,
@@ -915,6 +919,16 @@ def test_copies_fill_with_zeros_and_read_no_further(
     assert not got[count:].any()
 
 
+def test_cache_hints_change_no_values(kernels: dict[str, ptx.Module]) -> None:
+    x = random_words(4 * 64)
+    got = behave(kernels, "hints", x, 4 * 64, n=32)
+    whole = x.view(np.uint8).reshape(64, 16)
+    part = np.where(np.arange(16) < np.arange(64)[:, None] % 17, whole, 0).astype(np.uint8)
+    wanted = 3 * x.reshape(64, 4) + part.view(np.uint32)
+    wanted[:, 3] += 1
+    np.testing.assert_array_equal(got.reshape(64, 4), wanted)
+
+
 def test_ldmatrix(kernels: dict[str, ptx.Module]) -> None:
     x = random_words(128)
     plain, transposed = behave(kernels, "matrices", x, 256, block=(32, 1, 1)).reshape(2, 32, 4)
@@ -1002,6 +1016,9 @@ def test_parameters_have_bounds() -> None:
 @pytest.mark.parametrize(
     "line",
     ["frobnicate.u32 %r1, %r2;", "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%r1}, {%r2};",
+     "createpolicy.range.L2::evict_last.b64 %rd1, [%rd0], 4, 8;",
+     "createpolicy.fractional.L2::keep.b64 %rd1;",
+     "createpolicy.fractional.L2::evict_last.L2::evict_normal.b64 %rd1;",
      "call other;", "tex.2d.v4.f32.s32 %r1, [%rd0];", "mov.u32 %r1, %clock;"],
 )  # fmt: skip
 def test_unknown_instructions_are_named(line: str) -> None:

@@ -15,6 +15,7 @@ alignment, initialisation, and that barriers order what threads share; see `faul
 
 from .faults import (
     AsyncHazard,
+    BadPolicy,
     Deadlock,
     Divergence,
     Fault,
@@ -33,6 +34,7 @@ from .toolchain import compile, find_nvcc
 
 __all__ = [
     "AsyncHazard",
+    "BadPolicy",
     "Deadlock",
     "Divergence",
     "Fault",

@@ -292,10 +292,8 @@ def _copy(t: Translator, instruction: Instruction) -> Step:
     for operand in rest:
         if isinstance(operand, Register) and operand.type == "pred":
             ignored = operand.slot
-        elif not isinstance(operand, Register) or operand.type == "b64":
-            length = t.slot(operand, "u32") if isinstance(operand, Number) else length
         else:
-            length = operand.slot
+            length = t.slot(operand, "u32")
 
     def step(m: Machine) -> None:
         access = m.access(instruction)

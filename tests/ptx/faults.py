@@ -43,6 +43,10 @@ class StepLimit(Fault):
     """More instructions than a kernel was allowed: an endless loop."""
 
 
+class BadPolicy(Fault):
+    """A cache hint that is no policy of createpolicy, or a policy for no part of the addresses."""
+
+
 class Trap(Fault):
     """The kernel stopped itself: a trap, or a device assertion that failed."""
 

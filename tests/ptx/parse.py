@@ -23,6 +23,7 @@ LINE_DIRECTIVE = re.compile(r"^\s*\.(?:loc|file|section)\b[^\n]*$", re.M)
 GUARDED = re.compile(r"(?:@\s*(!?)\s*([\w$%]+)\s+)?([\w.:]+)\s*(.*)", re.S)
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 NUMBER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|0[fFdD][0-9a-fA-F]+|\d+)U?$")
+DECIMAL = re.compile(r"-?\d+\.\d*$")
 SPECIAL = re.compile(r"%(?:n?tid|n?ctaid)\.[xyz]$|%laneid$|%warpid$|%lanemask_\w+$|%nwarpid$")
 
 WIDTHS = {"8": 1, "16": 2, "32": 4, "64": 8, "16x2": 4}
@@ -50,6 +51,13 @@ class Number:
     """Bits of a literal; a negative one is still a Python integer below zero."""
 
     value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decimal:
+    """A literal such as ``0.5``."""
+
+    value: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +105,7 @@ class Not:
     register: Register
 
 
-Operand = Not | Register | Number | Special | Symbol | Address | Vector | Pair | None
+Operand = Not | Register | Number | Decimal | Special | Symbol | Address | Vector | Pair | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +319,8 @@ class _Parser:
             return register
         if NUMBER.match(text):
             return Number(_number(text))
+        if DECIMAL.match(text):
+            return Decimal(float(text))
         if SPECIAL.match(text):
             return Special(text)
         if text[0] == "!" and (register := self._register(text[1:].strip())):

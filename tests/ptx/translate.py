@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import access, assigned, convert, floats, flow, integers, warps
+from . import access, assigned, convert, floats, flow, hints, integers, warps
 from .faults import Trap, Unsupported
 from .machine import DONE, Control, Machine, Program, Step
 from .parse import (
@@ -209,9 +209,9 @@ class Translator:
         name = instruction.op[0]
         if name in NOTHING or (name == "st" and instruction.op[1] == "param"):
             return lambda m: None
-        for table in (access.STEPS, warps.STEPS, STEPS):
+        for table in (access.STEPS, hints.STEPS, warps.STEPS, STEPS):
             if name in table:
-                return table[name](self, instruction)
+                return hints.hinted(self, instruction, table[name])
         return _general(self, instruction)
 
 
@@ -463,12 +463,6 @@ def _dp4a(t: Translator, instruction: Instruction) -> Step:
     return compute(function, destination(out).slot, [t.slot(s, "b32") for s in sources])
 
 
-def _createpolicy(t: Translator, instruction: Instruction) -> Step:
-    return compute(
-        lambda a: a, destination(instruction.operands[0]).slot, [t.slot(Number(0), "b64")]
-    )
-
-
 def _trap(t: Translator, instruction: Instruction) -> Step:
     if instruction.op[0] == "call" and "__assertfail" not in instruction.text:
         raise Unsupported("call")
@@ -481,6 +475,5 @@ def _trap(t: Translator, instruction: Instruction) -> Step:
 
 STEPS: dict[str, Callable[[Translator, Instruction], Step]] = {
     "mov": _mov, "cvt": _cvt, "cvta": _cvta, "setp": _setp, "set": _set, "selp": _selp,
-    "shf": _shf, "lop3": _lop3, "prmt": _prmt, "dp4a": _dp4a, "createpolicy": _createpolicy,
-    "trap": _trap, "call": _trap,
+    "shf": _shf, "lop3": _lop3, "prmt": _prmt, "dp4a": _dp4a, "trap": _trap, "call": _trap,
 }  # fmt: skip

@@ -168,3 +168,46 @@ extern "C" __global__ void turns(const __grid_constant__ Params p) {
     atomicAdd(&p.y[0], 1);
   }
 }
+
+// Loads, stores, atomics and copies with hints for the caches.
+extern "C" __global__ void hints(const __grid_constant__ Params p) {
+  __shared__ __align__(16) uint32_t s[4 * 64];
+  uint32_t at = (uint32_t)__cvta_generic_to_shared(s) + 16 * threadIdx.x;
+  const uint32_t* x = p.x + 4 * threadIdx.x;
+  uint32_t* y = p.y + 4 * threadIdx.x;
+  uint64_t once, kept, half;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  asm volatile("createpolicy.fractional.L2::evict_last.L2::evict_first.b64 %0, %1;"
+               : "=l"(kept) : "f"(p.n / 64.0f));
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(half));
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(x + 100000));
+  asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(x));
+  uint32_t a[4], b[4], c[2], d, e;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::256B.v4.u32 {%0, %1, %2, %3},"
+               " [%4], %5;"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "l"(x), "l"(once));
+  asm volatile("ld.global.L1::evict_first.L2::cache_hint.v2.u32 {%0, %1}, [%2+8], %3;"
+               : "=r"(c[0]), "=r"(c[1]) : "l"(x), "l"(kept));
+  asm volatile("ld.global.L2::128B.u32 %0, [%1];" : "=r"(d) : "l"(x));
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.u32 %0, [%1+4], %2;"
+               : "=r"(e) : "l"(x), "l"(half));
+  uint32_t bytes = threadIdx.x % 17;
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;"
+               :
+               : "r"(at), "l"(x), "r"(bytes), "l"(once)
+               : "memory");
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  for (int i = 0; i < 4; i++) b[i] = s[4 * threadIdx.x + i];
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(at), "l"(x),
+               "l"(kept)
+               : "memory");
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  uint32_t sum[4] = {a[0] + d, a[1] + e, a[2] + c[0], a[3] + c[1]};
+  for (int i = 0; i < 4; i++) sum[i] += b[i] + s[4 * threadIdx.x + i];
+  asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;"
+               :
+               : "l"(y), "r"(sum[0]), "r"(sum[1]), "r"(sum[2]), "r"(sum[3]), "l"(half)
+               : "memory");
+  asm volatile("red.global.add.L2::cache_hint.u32 [%0+12], %1, %2;" ::"l"(y), "r"(1), "l"(kept)
+               : "memory");
+}

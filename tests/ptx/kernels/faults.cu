@@ -252,6 +252,54 @@ KERNEL(uninitialised_register) {
   p.y[t] = value;
 }
 
+// --- cache policies ---
+
+__device__ uint32_t load(const uint32_t* from, uint64_t policy) {
+  uint32_t value;
+  asm volatile("ld.global.L2::cache_hint.u32 %0, [%1], %2;"
+               : "=r"(value)
+               : "l"(from), "l"(policy));
+  return value;
+}
+
+KERNEL(uninitialised_policy) {
+  uint32_t value;
+  asm volatile(
+      "{ .reg .b64 r; .reg .pred q;\n setp.lt.u32 q, %2, %3;\n"
+      " @q createpolicy.fractional.L2::evict_first.b64 r;\n"
+      " ld.global.L2::cache_hint.u32 %0, [%1], r; }"
+      : "=r"(value)
+      : "l"(p.x), "r"(t), "r"(kBad ? p.n - 1 : p.n));
+  p.y[t] = value;
+}
+
+KERNEL(no_policy) {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  p.y[t] = load(p.x, kBad ? policy + t / 255 : policy);
+}
+
+KERNEL(no_policy_of_a_copy) {
+  __shared__ __align__(16) uint32_t s[4];
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  if (t > 0) return;
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(
+                   (uint32_t)__cvta_generic_to_shared(s)),
+               "l"(p.x), "l"(kBad ? 0 : policy)
+               : "memory");
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  p.y[t] = s[3];
+}
+
+KERNEL(policy_for_no_address) {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, %1;"
+               : "=l"(policy)
+               : "f"(kBad ? t / 256.0f : (t + 1) / 256.0f));
+  p.y[t] = load(p.x, policy);
+}
+
 // --- warps ---
 
 KERNEL(divergent_mma) {
