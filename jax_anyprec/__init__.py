@@ -5,6 +5,7 @@ from typing import Any
 
 from . import export as _export  # noqa: F401  (registers QuantizedTensor with jax.export)
 from ._native import CUSTOM_CALLS, Unavailable, register_custom_calls, status
+from .before import RMSNorm, SwiGLU
 from .convert import plan, quantize_model
 from .fake_quant import fake_quant, fake_quant_matmul
 from .memory import Arena
@@ -25,7 +26,9 @@ __all__ = [
     "Plan",
     "Quantization",
     "QuantizedTensor",
+    "RMSNorm",
     "Rotation",
+    "SwiGLU",
     "Unavailable",
     "concatenate",
     "fake_quant",

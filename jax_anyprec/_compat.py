@@ -16,6 +16,7 @@ __all__ = [
     "batching",
     "mlir",
     "needs_devices",
+    "single_device",
     "varying_axes",
 ]
 
@@ -23,6 +24,11 @@ __all__ = [
 def needs_devices(primitive: Primitive) -> None:
     """The lowering of `primitive` asks which devices it is for, as custom_partitioning does."""
     prim_requires_devices_during_lowering.add(primitive)
+
+
+def single_device(lowering: Any) -> bool:
+    """Whether a primitive is lowered for a program of one device, given the rule's context."""
+    return getattr(lowering.module_context.axis_context, "num_devices", None) == 1
 
 
 def varying_axes(x: Any) -> frozenset[str]:

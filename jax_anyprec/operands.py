@@ -9,12 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import format as fmt
-from .rotation import hadamard
+from .rotation import Rotation, hadamard
 
 
 def absent(dtype: Any = np.float32) -> jax.Array:
     """In the place of an operand that there is not."""
     return jnp.zeros(0, dtype)
+
+
+def sign_words(rotation: Rotation | None, k: int) -> tuple[jax.Array, int]:
+    """What carries a rotation to a device: packed signs and block, or nothing and 0."""
+    if rotation is None:
+        return absent(np.uint32), 0
+    return jnp.asarray(rotation.sign_words(k)), rotation.block
 
 
 def rotate(x: jax.Array, signs: jax.Array, block: int) -> jax.Array:

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from . import _native, primitive, reference
+from . import _native, fusion, primitive, reference
 from . import format as fmt
+from .before import Before, check_before
 from .choose import IMPLEMENTATIONS, platform_of
 from .quantize import check_floats
 from .rotation import Rotation, check_rotation
@@ -20,6 +21,8 @@ def matmul(
     w: QuantizedTensor,
     *,
     bias: Any = None,
+    before: Before = None,
+    residual: Any = None,
     act_bits: int | None = None,
     act_scales: Literal["group", "token"] = "group",
     out_dtype: Any = None,
@@ -27,14 +30,20 @@ def matmul(
 ) -> jax.Array:
     """``x @ w + bias`` with packed weights, and activations quantized on line or left in float.
 
+    With `before` and `residual` it is ``residual + (before(x) @ w + bias)``, what surrounds a
+    product in a transformer: a kernel that does it all saves writing and reading what is between.
+
     Differentiable with respect to x (straight-through over the activations' rounding), the scales
-    and offsets of `w`, and bias.
+    and offsets of `w`, bias, the scale of `RMSNorm`, and residual.
 
     Args:
-      x: ``float[..., K]``; float32, bfloat16 or float16. A token with a NaN or an infinity gives
-        NaN (in the groups that hold it, with act_scales="group").
+      x: ``float[..., K]``, or ``[..., 2 K]`` with `SwiGLU`; float32, bfloat16 or float16. A token
+        with a NaN or an infinity gives NaN (in the groups that hold it, with act_scales="group").
       w: `QuantizedTensor` of shape ``(K, N)``; for stacked tensors use `jax.vmap`.
       bias: ``float[N]`` or None.
+      before: `RMSNorm` or `SwiGLU`, which x goes through first; its result has the dtype of x.
+      residual: ``float[..., N]``, added in float32 before results are rounded to `out_dtype`; or
+        None.
       act_bits: 1 to 8; up to 3 bits activations are rounded to the odd integers of the format, from
         4 bits on to even ones, so that zeros stay zeros. None for float activations, so that sums
         have the accuracy of float32: the CPU kernels take 24 bits below the largest magnitude of a
@@ -58,7 +67,7 @@ def matmul(
     _check_two_axes(w)
     x = check_floats(x, "x", min_ndim=1)
     k, n = w.shape
-    _check_last_axis("x", x.shape, k)
+    before = check_before(before, x.shape, k)
     if act_bits is not None:
         act_bits = fmt.check_bits(act_bits, "act_bits")
     if act_scales not in ("group", "token"):
@@ -67,15 +76,21 @@ def matmul(
         bias = check_floats(bias, "bias")
         if bias.shape != (n,):
             raise ValueError(f"bias must have shape ({n},), got {bias.shape}")
+    if residual is not None:
+        residual = check_floats(residual, "residual")
+        if residual.shape != (*x.shape[:-1], n):
+            raise ValueError(f"residual must have shape {(*x.shape[:-1], n)}, got {residual.shape}")
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if out_dtype.name not in SCALE_DTYPES:
         raise TypeError(f"out_dtype must be one of {SCALE_DTYPES}, got {out_dtype}")
-    return primitive.matmul(
+    return fusion.matmul(
         x,
         w.planes,
         w.scales,
         w.offsets,
         bias,
+        before,
+        residual,
         act_bits=act_bits,
         act_group_size=w.group_size if act_scales == "group" else k,
         group_size=w.group_size,
@@ -147,7 +162,10 @@ def int_matmul(
     act_bits = fmt.check_bits(act_bits, "act_bits")
     if not hasattr(codes, "dtype") or codes.dtype != jnp.uint8 or codes.ndim < 1:
         raise TypeError(f"codes must be a uint8 array, got {getattr(codes, 'dtype', type(codes))}")
-    _check_last_axis("codes", codes.shape, w.k)
+    if codes.shape[-1] != w.k:
+        raise ValueError(
+            f"codes must have {w.k} values in its last axis as w has, got {codes.shape}"
+        )
     if not reference.fits_int32(w.group_size, act_bits, w.bits):
         raise ValueError(
             f"group_size {w.group_size} is too long for int32 at {act_bits} x {w.bits} bits"
@@ -182,8 +200,3 @@ def check_implementation(implementation: Any, act_bits: int | None) -> str | Non
 def _check_two_axes(w: QuantizedTensor) -> None:
     if len(w.shape) != 2:
         raise ValueError(f"w must have shape (K, N), got {w.shape}; use jax.vmap for stacked ones")
-
-
-def _check_last_axis(name: str, shape: tuple[int, ...], k: int) -> None:
-    if shape[-1] != k:
-        raise ValueError(f"{name} must have {k} values in its last axis as w has, got {shape}")

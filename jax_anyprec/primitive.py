@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 from . import format as fmt
 from . import partition, reference
 from ._compat import Primitive, ShapedArray, ad, batching, mlir, needs_devices, varying_axes
-from .operands import absent, in_planes, output_columns
+from .operands import absent, in_planes, output_columns, sign_words
 from .tensor import dequantize_rows, group_count
 
 Params = dict[str, Any]
@@ -70,22 +70,15 @@ def _alike(*operands: jax.Array) -> list[jax.Array]:
 
 
 def _quantize(x: jax.Array, *, rotation: Any, **p: Any) -> tuple[jax.Array, jax.Array]:
-    signs, block = _sign_words(rotation, x.shape[-1])
+    signs, block = sign_words(rotation, x.shape[-1])
     return partition.quantize_activations(x, signs, block=block, **p)
 
 
 def _matmul(*operands: jax.Array, rotation: Any, **p: Any) -> jax.Array:
     x, planes, scales, offsets, bias = _fill(operands, p, absent())
-    signs, block = _sign_words(rotation, x.shape[-1])
+    signs, block = sign_words(rotation, x.shape[-1])
     params = _without(p, "has_offsets", "has_bias")
     return partition.matmul(x, planes, scales, offsets, bias, signs, block=block, **params)
-
-
-def _sign_words(rotation: Any, k: int) -> tuple[jax.Array, int]:
-    """Operand and parameter that carry a rotation: packed signs and block, or nothing and 0."""
-    if rotation is None:
-        return absent(np.uint32), 0
-    return jnp.asarray(rotation.sign_words(k)), rotation.block
 
 
 def _without(params: Params, *names: str) -> Params:
@@ -263,12 +256,13 @@ def _refuse_to_differentiate(*_: Any, **__: Any) -> Any:
 # --- putting a primitive together ---
 
 
-def _define(
+def define(
     name: str,
     abstract: Callable[..., Any],
     run: Callable[..., Any],
     multiple_results: bool = False,
 ) -> Primitive:
+    """A primitive that each platform lowers as `run` says, with batching and evaluation."""
     primitive = Primitive(f"jax_anyprec_{name}")
     primitive.multiple_results = multiple_results
     primitive.def_abstract_eval(abstract)
@@ -289,9 +283,9 @@ def _define(
     return primitive
 
 
-quantize_activations_p = _define("quantize", _quantize_abstract, _quantize, multiple_results=True)
-int_matmul_p = _define("int_matmul", _int_matmul_abstract, partition.int_matmul)
-matmul_p = _define("matmul", _matmul_abstract, _matmul)
+quantize_activations_p = define("quantize", _quantize_abstract, _quantize, multiple_results=True)
+int_matmul_p = define("int_matmul", _int_matmul_abstract, partition.int_matmul)
+matmul_p = define("matmul", _matmul_abstract, _matmul)
 ad.primitive_jvps[quantize_activations_p] = _refuse_to_differentiate
 ad.primitive_jvps[matmul_p] = _matmul_jvp
 ad.primitive_transposes[matmul_p] = _matmul_transpose

@@ -46,6 +46,20 @@ def _operations() -> dict[str, Operation]:
     return {
         "matmul": Operation(lambda x, w: ap.matmul(x, w, act_bits=8), x, w),
         "matmul-float": Operation(lambda x, w: ap.matmul(x, w), x, w.prepare()),
+        "matmul-norm": Operation(
+            lambda x, v: ap.matmul(
+                x, v["w"], before=ap.RMSNorm(v["scale"], 1e-5), residual=x[:, :N], act_bits=8
+            ),
+            x,
+            {"w": w, "scale": rng.uniform(0.5, 1.5, K).astype(np.float32)},
+        ),
+        "matmul-gate": Operation(
+            lambda x, v: ap.matmul(
+                x, v["w"], bias=v["bias"], before=ap.SwiGLU(), residual=x[:, :N], act_bits=8
+            ),
+            rng.normal(size=(M, 2 * K)).astype(np.float32),
+            {"w": w.prepare(), "bias": bias},
+        ),
         "int_matmul": Operation(lambda c, w: ap.int_matmul(c, w, 4), codes, w),
         "quantize_activations": Operation(
             lambda x, _: ap.quantize_activations(x, 4, group_size=GROUP), x, ()
@@ -61,7 +75,9 @@ def _operations() -> dict[str, Operation]:
 
 
 OPERATIONS = _operations()
-DIFFERENTIABLE = ("matmul", "matmul-float", "QuantLinear", "QuantDense")
+LINEAR = ("matmul", "matmul-float", "QuantLinear", "QuantDense")
+"""In x, or affine, if rounding is left aside."""
+DIFFERENTIABLE = (*LINEAR, "matmul-norm", "matmul-gate")
 """In x. `QuantEmbed` is in its scales; the others are not differentiable."""
 
 

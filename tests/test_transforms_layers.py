@@ -12,7 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from operations import DIFFERENTIABLE, GROUP, OPERATIONS, M, N, Operation, at, close, stack
+from operations import (
+    DIFFERENTIABLE,
+    GROUP,
+    LINEAR,
+    OPERATIONS,
+    M,
+    N,
+    Operation,
+    at,
+    close,
+    stack,
+)
 
 import jax_anyprec as ap
 
@@ -226,7 +237,7 @@ def test_gradients_of_mapped_layers(name: str) -> None:
     close(jax.jit(jax.vmap(of_each))(stacked), expected[0])
 
 
-@every_differentiable
+@pytest.mark.parametrize("name", LINEAR)
 def test_derivatives_in_x(name: str) -> None:
     """The derivative in x is the product with the weights as floats, whatever its rounding."""
     op = OPERATIONS[name]

@@ -12,6 +12,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 
 from .. import ops
+from ..before import Before
 from ..format import check_bits
 from ..quantize import quantize
 from ..rotation import Rotation
@@ -99,13 +100,22 @@ class QuantLinear(nnx.Module):
         self.promote_dtype = promote_dtype
         self.preferred_element_type = preferred_element_type
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """``[..., in_features]`` to ``[..., out_features]``."""
+    def __call__(
+        self,
+        inputs: jax.Array,
+        out_sharding: Any = None,
+        *,
+        before: Before = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """``[..., in_features]`` to ``[..., out_features]``; the others as in `matmul`."""
         inputs, bias = promoted(self, inputs, self.param_dtype)
         y = ops.matmul(
             inputs,
             self.kernel.get_value(),
             bias=bias,
+            before=before,
+            residual=residual,
             act_bits=self.activations,
             act_scales=self.act_scales,
             out_dtype=out_dtype(self.preferred_element_type, bias),
