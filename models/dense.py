@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jax_anyprec as ap
+from jax_anyprec.before import Before
 from jax_anyprec.quantization import Quantization
 
 
@@ -53,6 +54,20 @@ def make_linear(
     return packed_linear(
         quantization, quantization.pack(layer.kernel.get_value()), dtype, bias=bias
     )
+
+
+def apply_linear(
+    layer: nnx.Module,
+    x: jax.Array,
+    *,
+    before: Before = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """``residual + layer(before(x))``, of a packed layer in one operation."""
+    if isinstance(layer, ap.nnx.QuantLinear):
+        return layer(x, before=before, residual=residual)
+    y = layer(x if before is None else before(x))
+    return y if residual is None else residual + y
 
 
 def default_dtype() -> Any:

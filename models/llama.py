@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import jax_anyprec as ap
+from jax_anyprec.before import Before
 from jax_anyprec.quantization import Quantization
 
 from .attention import (
@@ -29,7 +31,8 @@ from .attention import (
     rotary,
     split_heads,
 )
-from .dense import make_linear
+from .dense import apply_linear, make_linear
+from .norms import before_product
 from .projections import Projections
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -185,10 +188,15 @@ class Attention(nnx.Module):
         positions: jax.Array,
         past: tuple[jax.Array, jax.Array] | None,
         reach: int | None = None,
+        *,
+        before: Before = None,
+        residual: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """``x [B, S, width]`` at ``positions int32[S]`` to its update and the keys and values."""
+        """``before(x)``, x ``[B, S, width]`` at ``positions int32[S]``, to its update, to which
+        `residual` is added, and the keys and values.
+        """
         config = self.config
-        q, k, v = (split_heads(each, config.head_dim) for each in self.qkv(x))
+        q, k, v = (split_heads(each, config.head_dim) for each in self.qkv(x, before))
         if config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = self._turn(q, positions), self._turn(k, positions)
@@ -202,7 +210,8 @@ class Attention(nnx.Module):
             scale=config.attention_scale,
             soft_cap=config.attention_soft_cap,
         )
-        return self.output(join_heads(y, x.shape[0])), (k, v)
+        y = join_heads(y, x.shape[0])
+        return apply_linear(self.output, y, residual=residual), (k, v)
 
     def _turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotary embeddings for ``x [B heads, S, D]``."""
@@ -221,9 +230,15 @@ class FeedForward(nnx.Module):
         self.gate_up = Projections(config.hidden_size, (inner, inner), **options)
         self.down = make_linear(inner, config.hidden_size, **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = self.gate_up(x)
-        return self.down(ACTIVATIONS[self.activation](gate) * up)
+    def __call__(
+        self, x: jax.Array, *, before: Before = None, residual: jax.Array | None = None
+    ) -> jax.Array:
+        """The block's update of ``before(x)``, to which `residual` is added."""
+        products = self.gate_up.products(x, before)
+        if self.activation == "silu" and len(products) == 1:
+            return apply_linear(self.down, products[0], before=ap.SwiGLU(), residual=residual)
+        gate, up = self.gate_up.split(products)
+        return apply_linear(self.down, ACTIVATIONS[self.activation](gate) * up, residual=residual)
 
 
 class Layer(nnx.Module):
@@ -249,14 +264,16 @@ class Layer(nnx.Module):
         past: tuple[jax.Array, jax.Array] | None,
         reach: int | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        update, present = self.attention(self.attention_norm(x), positions, past, reach)
+        norm = before_product(self.attention_norm)
         if self.post_norms:
-            update = self.attention_post_norm(update)
-        x = x + update
-        update = self.feed_forward(self.feed_forward_norm(x))
+            update, present = self.attention(x, positions, past, reach, before=norm)
+            x = x + self.attention_post_norm(update)
+        else:
+            x, present = self.attention(x, positions, past, reach, before=norm, residual=x)
+        norm = before_product(self.feed_forward_norm)
         if self.post_norms:
-            update = self.feed_forward_post_norm(update)
-        return x + update, present
+            return x + self.feed_forward_post_norm(self.feed_forward(x, before=norm)), present
+        return self.feed_forward(x, before=norm, residual=x), present
 
 
 class Llama(nnx.Module):

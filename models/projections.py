@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 
 import jax_anyprec as ap
+from jax_anyprec.before import Before
 
-from .dense import make_linear
+from .dense import apply_linear, make_linear
 
 
 class Projections(nnx.Module):
@@ -33,12 +34,25 @@ class Projections(nnx.Module):
         # Of the outputs that each layer has.
         self.widths: tuple[tuple[int, ...], ...] = tuple((n,) for n in features_out)
 
-    def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """``x [..., features_in]`` to the outputs ``[..., n]``, one for each of `features_out`."""
+    def __call__(self, x: jax.Array, before: Before = None) -> list[jax.Array]:
+        """``x [..., features_in]`` to the outputs ``[..., n]``, one for each of `features_out`.
+
+        With `before` it is ``before(x)`` that is projected.
+        """
+        return self.split(self.products(x, before))
+
+    def products(self, x: jax.Array, before: Before = None) -> list[jax.Array]:
+        """What each layer gives, before outputs of merged ones are taken apart."""
+        if before is not None and len(self.layers) > 1:
+            x, before = before(x), None  # once, not in each product
+        return [apply_linear(layer, x, before=before) for layer in self.layers]
+
+    def split(self, products: Sequence[jax.Array]) -> list[jax.Array]:
+        """The outputs in `products`."""
         return [
             output
-            for layer, widths in zip(self.layers, self.widths, strict=True)
-            for output in jnp.split(layer(x), np.cumsum(widths)[:-1], axis=-1)
+            for product, widths in zip(products, self.widths, strict=True)
+            for output in jnp.split(product, np.cumsum(widths)[:-1], axis=-1)
         ]
 
     def merge(self) -> None:
