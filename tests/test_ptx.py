@@ -17,6 +17,8 @@ import ptx
 import pytest
 
 KERNELS = Path(ptx.__file__).parent / "kernels"
+HOPPER = ("clusters", "cluster_faults")
+"""Files of kernels for sm_90a; the others are for sm_80."""
 LANES = 256
 
 
@@ -416,7 +418,9 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> ptx.Module:
 def kernels() -> dict[str, ptx.Module]:
     """The modules of the CUDA files beside the interpreter."""
     require_nvcc()
-    return {f.stem: ptx.load(ptx.compile(f)) for f in sorted(KERNELS.glob("*.cu"))}
+    arch = {True: "sm_90a", False: "sm_80"}
+    files = sorted(KERNELS.glob("*.cu"))
+    return {f.stem: ptx.load(ptx.compile(f, arch=arch[f.stem in HOPPER])) for f in files}
 
 
 def operand_bits(kind: str, position: int, rng: np.random.Generator) -> np.ndarray:
@@ -733,12 +737,52 @@ BUGS = {
 }
 
 
-def run_bug(module: ptx.Module, entry: str, ctas: int = 1) -> None:
+CLUSTER_BUGS = {
+    "remote_read_after_write": (
+        ptx.SharedHazard,
+        r"written by thread \d+ of CTA \d of the cluster",
+    ),
+    "read_after_remote_write": (
+        ptx.SharedHazard,
+        r"written by thread \d+ of CTA \d of the cluster",
+    ),
+    "overwritten_while_read": (ptx.SharedHazard, r"read by a thread of warp 0 of CTA \d of the"),
+    "remotely_overwritten_while_read": (ptx.SharedHazard, r"read by a thread of warp 0 of CTA \d"),
+    "both_write": (ptx.SharedHazard, "written by thread 0 of CTA 1 of the cluster"),
+    "remote_atomic_and_plain": (ptx.SharedHazard, "written by thread"),
+    "remote_copy_in_flight": (ptx.AsyncHazard, "a copy to it is in flight"),
+    "rewritten_by_a_peer": (ptx.GlobalRace, "nothing orders the two"),
+    "not_started": (ptx.ClusterHazard, "CTA 1 of the cluster may not have started"),
+    "exit_while_read": (ptx.ClusterHazard, "exits while warp 0 of CTA 1 of the cluster may"),
+    "exit_while_written": (ptx.ClusterHazard, "exits while warp 0 of CTA 1 of the cluster may"),
+    "exit_without_waiting": (ptx.ClusterHazard, "exits while warp 0 of CTA 1 of the cluster may"),
+    "exited": (ptx.ClusterHazard, "CTA 0 of the cluster has exited"),
+    "relaxed_orders_no_memory": (ptx.SharedHazard, "with no barrier between"),
+    "written_after_arriving": (ptx.SharedHazard, "with no barrier between"),
+    "read_before_waiting": (ptx.SharedHazard, "with no barrier between"),
+    "barrier_not_reached": (ptx.Deadlock, "256 of the 512 threads of the cluster never come"),
+    "barrier_not_reached_by_a_warp": (ptx.Deadlock, "32 of the 512 threads of the cluster never"),
+    "barrier_of_the_cta_instead": (ptx.Deadlock, "256 of the 512 threads of the cluster never"),
+    "part_of_a_warp": (ptx.Divergence, "31 of 32 threads of the warp came to the barrier"),
+    "waiting_without_having_come": (ptx.Deadlock, "waits without having come itself"),
+    "coming_twice": (ptx.Deadlock, "comes again without having waited"),
+    "rank_out_of_range": (ptx.OutOfBounds, "rank 2 in a cluster of 2"),
+    "remote_out_of_bounds": (ptx.OutOfBounds, "4 bytes at shared address 0x400; the CTA has 1024"),
+    "remote_below_shared_memory": (ptx.OutOfBounds, "4 bytes at shared address 0xfffffc"),
+    "remote_misaligned": (ptx.Misaligned, "address 0x2 is no multiple of 4"),
+    "remote_address_in_a_local_load": (ptx.OutOfBounds, "4 bytes at shared address 0x2000000"),
+    "no_shared_address": (ptx.OutOfBounds, "0x[0-9a-f]+ is no address of shared memory"),
+}
+
+
+def run_bug(
+    module: ptx.Module, entry: str, ctas: int = 1, cluster: tuple[int, int, int] = (1, 1, 1)
+) -> None:
     memory = ptx.Memory()
     x, y = memory.place(np.arange(256, dtype=np.uint32)), memory.reserve(1024)
     module.run(
         entry, grid=(ctas, 1, 1), block=(256, 1, 1), params=struct.pack("<QQi4x", x, y, 256),
-        shared=1024, memory=memory, step_limit=20000,
+        shared=1024, cluster=cluster, memory=memory, step_limit=20000,
     )  # fmt: skip
 
 
@@ -753,9 +797,21 @@ def test_a_planted_mistake_is_found(kernels: dict[str, ptx.Module], name: str) -
     assert type(caught.value) is BUGS[name]
 
 
-def test_every_planted_mistake_is_listed(kernels: dict[str, ptx.Module]) -> None:
-    names = {re.sub(r"_(good|bad)$", "", e) for e in kernels["faults"].entries}
-    assert names == set(BUGS)
+@pytest.mark.parametrize("name", CLUSTER_BUGS)
+def test_a_planted_mistake_of_a_cluster_is_found(kernels: dict[str, ptx.Module], name: str) -> None:
+    fault, what = CLUSTER_BUGS[name]
+    run_bug(kernels["cluster_faults"], f"{name}_good", 2, (2, 1, 1))
+    with pytest.raises(fault, match=rf"{name}_bad: .*: CTA \(\d, 0, 0\), .*{what}") as caught:
+        run_bug(kernels["cluster_faults"], f"{name}_bad", 2, (2, 1, 1))
+    assert type(caught.value) is fault
+
+
+@pytest.mark.parametrize(("file", "bugs"), [("faults", BUGS), ("cluster_faults", CLUSTER_BUGS)])
+def test_every_planted_mistake_is_listed(
+    kernels: dict[str, ptx.Module], file: str, bugs: dict[str, Any]
+) -> None:
+    names = {re.sub(r"_(good|bad)$", "", e) for e in kernels[file].entries}
+    assert names == set(bugs)
 
 
 def test_ctas_of_different_batches_race(kernels: dict[str, ptx.Module]) -> None:
@@ -949,6 +1005,113 @@ def test_ctas_that_wait_for_others(kernels: dict[str, ptx.Module]) -> None:
         total = total * Fraction(3, 2) + cta
     assert y[0] == 12
     assert y[1] == rounded(total, "f32")
+
+
+# --- clusters ---
+
+
+def run_clusters(
+    kernels: dict[str, ptx.Module],
+    entry: str,
+    x: np.ndarray,
+    words: int,
+    grid: tuple[int, int, int],
+    cluster: tuple[int, int, int],
+    n: int = 0,
+) -> np.ndarray:
+    """Run an entry of clusters.cu with 64 threads a CTA."""
+    memory = ptx.Memory()
+    y = memory.reserve(4 * words)
+    params = struct.pack("<QQi4x", memory.place(x), y, n)
+    kernels["clusters"].run(
+        entry, grid=grid, block=(64, 1, 1), cluster=cluster, params=params, memory=memory
+    )
+    return memory.read(y, np.uint32, words)
+
+
+@pytest.mark.parametrize("cluster", [(1, 1, 1), (2, 1, 1), (1, 3, 1), (4, 1, 2), (2, 3, 2)])
+def test_ctas_know_their_place_in_a_cluster(
+    kernels: dict[str, ptx.Module], cluster: tuple[int, int, int]
+) -> None:
+    grid = (8, 6, 4)
+    got = run_clusters(kernels, "identities", random_words(1), 16 * 8 * 6 * 4, grid, cluster)
+    wanted = []
+    for z in range(4):
+        for y in range(6):
+            for x in range(8):
+                within = x % cluster[0], y % cluster[1], z % cluster[2]
+                rank = within[0] + cluster[0] * (within[1] + cluster[1] * within[2])
+                of = x // cluster[0], y // cluster[1], z // cluster[2]
+                count = 8 // cluster[0], 6 // cluster[1], 4 // cluster[2]
+                size = cluster[0] * cluster[1] * cluster[2]
+                wanted.append([rank, size, *within, *cluster, *of, *count, 8, x])
+    assert got.reshape(-1, 16).tolist() == wanted
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 16])
+def test_ctas_read_and_write_shared_memory_of_others(
+    kernels: dict[str, ptx.Module], size: int
+) -> None:
+    ctas = 80  # more than run at once
+    x = random_words(256 * ctas)
+    got = run_clusters(kernels, "exchange", x, x.size, (ctas, 1, 1), (size, 1, 1))
+    data = x.reshape(-1, size, 64, 4)
+    ranks = np.arange(1, size + 1, dtype=np.uint32)[:, None]
+    sums = (data * ranks[..., None]).sum(1, dtype=np.uint32)
+    for word, more in enumerate((data[..., 2], data[..., 3], data[..., 1])):
+        sums[..., word] += more.sum(1, dtype=np.uint32)
+    sums[..., 3] += (data[..., 3] >> 8 & 255).sum(1, dtype=np.uint32)
+    wanted = np.broadcast_to(sums[:, None], data.shape)
+    np.testing.assert_array_equal(got.reshape(data.shape), wanted)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_atomics_on_shared_memory_of_others(kernels: dict[str, ptx.Module], size: int) -> None:
+    x = random_words(64 * 24)
+    words = 24 // size * (2 + 64 * size)
+    got = run_clusters(kernels, "reduce", x, words, (24, 1, 1), (size, 1, 1))
+    for mine, of in zip(got.reshape(24 // size, -1), x.reshape(24 // size, -1), strict=True):
+        assert mine[0] == of[::2].sum(dtype=np.uint32)
+        assert mine[1] == of[1::2].sum(dtype=np.uint32)
+        assert sorted(mine[2:].tolist()) == sorted(of.tolist())
+
+
+@pytest.mark.parametrize(("size", "rounds"), [(1, 3), (2, 7), (4, 5), (8, 1)])
+def test_rounds_of_a_cluster(kernels: dict[str, ptx.Module], size: int, rounds: int) -> None:
+    x = random_words(64 * 16)
+    got = run_clusters(kernels, "ring", x, x.size, (16, 1, 1), (size, 1, 1), rounds)
+    value = x.reshape(-1, size, 64).copy()
+    own = np.zeros_like(value)
+    for _ in range(rounds):
+        for rank in range(size):
+            for _ in range(rank * 3 % 5):
+                own[:, rank] = own[:, rank] * 3 + value[:, rank]
+        value = np.roll(value, 1, 1)[..., np.arange(64) ^ 33] + np.uint32(1)
+    np.testing.assert_array_equal(got.reshape(value.shape), value + own)
+
+
+@pytest.mark.parametrize(
+    ("entry", "grid", "cluster", "what"),
+    [("ring", (6, 1, 1), (4, 1, 1), r"grid \(6, 1, 1\) is no multiple of the cluster \(4, 1, 1\)"),
+     ("ring", (4, 3, 1), (1, 2, 1), "is no multiple"),
+     ("ring", (0, 1, 1), (0, 1, 1), r"cluster \(0, 1, 1\): 1 to 16 CTAs"),
+     ("ring", (32, 1, 1), (32, 1, 1), r"cluster \(32, 1, 1\): 1 to 16 CTAs"),
+     ("fixed", (4, 1, 1), (1, 1, 1), r"fixed is for clusters of \(2, 1, 1\) CTAs, got \(1")],
+)  # fmt: skip
+def test_clusters_that_can_not_be_launched(
+    kernels: dict[str, ptx.Module],
+    entry: str,
+    grid: tuple[int, int, int],
+    cluster: tuple[int, int, int],
+    what: str,
+) -> None:
+    with pytest.raises(ValueError, match=what):
+        run_clusters(kernels, entry, random_words(1), 1, grid, cluster)
+
+
+def test_an_entry_may_ask_for_its_clusters(kernels: dict[str, ptx.Module]) -> None:
+    got = run_clusters(kernels, "fixed", random_words(1), 4, (4, 1, 1), (2, 1, 1))
+    assert got.tolist() == [0, 1, 0, 1]
 
 
 # --- PTX by hand, and errors ---

@@ -9,13 +9,15 @@
                memory=memory)
     memory.read(y, np.float32, 100)
 
-It covers what kernels for sm_80 use, inline assembly included. Every access is checked: bounds,
-alignment, initialisation, and that barriers order what threads share; see `faults`.
+It covers what kernels for sm_80 use, inline assembly included, and thread block clusters. Every
+access is checked: bounds, alignment, initialisation, and that barriers order what threads share;
+see `faults`.
 """
 
 from .faults import (
     AsyncHazard,
     BadPolicy,
+    ClusterHazard,
     Deadlock,
     Divergence,
     Fault,
@@ -35,6 +37,7 @@ from .toolchain import compile, find_nvcc
 __all__ = [
     "AsyncHazard",
     "BadPolicy",
+    "ClusterHazard",
     "Deadlock",
     "Divergence",
     "Fault",

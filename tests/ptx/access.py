@@ -1,4 +1,4 @@
-"""Loads, stores, atomics and asynchronous copies."""
+"""Loads, stores, atomics and asynchronous copies, and addresses in other CTAs of a cluster."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import floats, integers
+from .clusters import RANK
 from .faults import Misaligned, OutOfBounds, Unsupported
 from .machine import Machine, Step
 from .memory import Access
@@ -16,15 +17,15 @@ from .parse import RAW, Address, Instruction, Number, Operand, Register, Symbol,
 if TYPE_CHECKING:
     from .translate import Translator
 
-WINDOWS = {"global": 0, "const": 0, "shared": 1 << 40, "local": 2 << 40, "param": 3 << 40}
+GENERIC = {"global": 0, "shared__cluster": 1 << 40, "local": 2 << 40, "param": 3 << 40}
 """Where generic addresses of each space begin; global memory's own begin far above."""
-SPACES = ("global", "shared", "local", "param", "const")
+WINDOWS = {**GENERIC, "const": GENERIC["global"], "shared": GENERIC["shared__cluster"]}
 
 
-def _space(op: tuple[str, ...]) -> str:
+def space_of(op: tuple[str, ...]) -> str:
     """The state space that an instruction names."""
     parts = [part.removesuffix("__cta") for part in op]
-    return next((p for p in parts if p in SPACES), "generic")
+    return next((p for p in parts if p in WINDOWS), "generic")
 
 
 def _load(
@@ -39,6 +40,8 @@ def _load(
         )
     if space == "shared":
         return m.shared.load(access, address, unit, count)
+    if space == "shared__cluster":
+        return m.shared.load(*m.peers.resolve(access, address), unit, count)
     if space == "local":
         return m.local.load(access, address, unit, count)
     if space == "param":
@@ -57,6 +60,8 @@ def _store(
         _in_windows(access, address, part, None)
     elif space == "shared":
         m.shared.store(access, address, unit, values)
+    elif space == "shared__cluster":
+        m.shared.store(*m.peers.resolve(access, address), unit, values)
     elif space == "local":
         m.local.store(access, address, unit, values)
     elif space == "global":
@@ -70,9 +75,7 @@ def _in_windows(
 ) -> Any:
     """Do `part` for the lanes whose generic addresses lie in each space."""
     window = address >> 40
-    for name, base in WINDOWS.items():
-        if name == "const":
-            continue
+    for name, base in GENERIC.items():
         in_space = (window > 3) | (window < 1) if base == 0 else window == base >> 40
         lanes = np.flatnonzero(in_space)
         if lanes.size:
@@ -91,7 +94,7 @@ def _addresses(m: Machine, slot: int, offset: int) -> np.ndarray:
 
 
 def _ld(t: Translator, instruction: Instruction) -> Step:
-    space, type_name = _space(instruction.op), instruction.op[-1]
+    space, type_name = space_of(instruction.op), instruction.op[-1]
     out, source = instruction.operands[:2]
     registers = _vector(out)
     unit, count = width(type_name), len(registers)
@@ -152,7 +155,7 @@ def _extend(register: Operand, type_name: str) -> tuple[int, integers.Function]:
 
 
 def _st(t: Translator, instruction: Instruction) -> Step:
-    space, type_name = _space(instruction.op), instruction.op[-1]
+    space, type_name = space_of(instruction.op), instruction.op[-1]
     target, source = instruction.operands[:2]
     slot, offset = t.address(target)
     unit = width(type_name)
@@ -163,6 +166,33 @@ def _st(t: Translator, instruction: Instruction) -> Step:
         address = _addresses(m, slot, offset)
         values = np.stack([m.active(s).astype(raw) for s in slots], 1)
         _store(m, m.access(instruction), space, address, unit, values)
+
+    return step
+
+
+def _mapa(t: Translator, instruction: Instruction) -> Step:
+    """The same place in the shared memory of another CTA of the cluster."""
+    window = 0 if "shared__cluster" in instruction.op else WINDOWS["shared"]
+    out, source, number = instruction.operands
+    if not isinstance(out, Register):
+        raise Unsupported(f"result {out}")
+    target, raw = out.slot, RAW[width(instruction.op[-1])]
+    slot, rank = t.slot(source, instruction.op[-1]), t.slot(number, "u32")
+
+    def step(m: Machine) -> None:
+        access = m.access(instruction)
+        address, ranks = m.active(slot).astype(np.int64) - window, m.active(rank).astype(np.int64)
+        size = m.launch.cluster_size
+        access.require(
+            ranks < size, OutOfBounds, lambda i: f"rank {ranks[i]} in a cluster of {size}"
+        )
+        access.require(
+            (address >= 0) & (address >> RANK <= size),
+            OutOfBounds,
+            lambda i: f"{address[i] + window:#x} is no address of shared memory",
+        )
+        place = address & ((1 << RANK) - 1)
+        m.put_active(target, (window + (ranks + 1 << RANK) + place).astype(raw))
 
     return step
 
@@ -191,7 +221,7 @@ def _atomic_function(op: tuple[str, ...], type_name: str) -> Callable[..., Any]:
 
 def _atom(t: Translator, instruction: Instruction) -> Step:
     """atom and red. Lanes with the same address take turns, in the order of lanes."""
-    space, type_name = _space(instruction.op), instruction.op[-1]
+    space, type_name = space_of(instruction.op), instruction.op[-1]
     returns = instruction.op[0] == "atom"
     out = instruction.operands[0] if returns else None
     target, *sources = instruction.operands[1:] if returns else instruction.operands
@@ -202,8 +232,12 @@ def _atom(t: Translator, instruction: Instruction) -> Step:
     def step(m: Machine) -> None:
         address = _addresses(m, slot, offset)
         values = [m.active(s) for s in slots]
-        where, base = _one_space(m.access(instruction), space, address)
-        old = _take_turns(m, m.access(instruction), where, address - base, unit, function, values)
+        access = m.access(instruction)
+        where, base = _one_space(access, space, address)
+        address = address - base
+        if where == "shared__cluster":
+            access, address = m.peers.resolve(access, address)
+        old = _take_turns(m, access, where != "global", address, unit, function, values)
         if isinstance(out, Register):
             m.put_active(out.slot, old)
 
@@ -215,7 +249,7 @@ def _one_space(access: Access, space: str, address: np.ndarray) -> tuple[str, in
         return space, 0
     shared = address >> 40 == WINDOWS["shared"] >> 40
     if shared.all():
-        return "shared", WINDOWS["shared"]
+        return "shared__cluster", WINDOWS["shared"]
     if shared.any():
         raise access.fail(OutOfBounds, 0, "lanes of an atomic in different memories")
     return "global", 0
@@ -224,18 +258,18 @@ def _one_space(access: Access, space: str, address: np.ndarray) -> tuple[str, in
 def _take_turns(
     m: Machine,
     access: Access,
-    space: str,
+    shared: bool,
     address: np.ndarray,
     unit: int,
     function: Callable[..., Any],
     values: list[np.ndarray],
 ) -> np.ndarray:
-    key = access.cta << 40 | address if space == "shared" else address
+    key = access.cta << 40 | address if shared else address
     _, place, count = np.unique(key, return_inverse=True, return_counts=True)
     first = np.argsort(place, kind="stable")
     turn = np.empty(len(key), np.int64)  # how many lanes come before at the same address
     turn[first] = np.arange(len(key)) - np.repeat(np.cumsum(count) - count, count)
-    if space == "shared":
+    if shared:
         old = m.shared.load(access, address, unit, 1, atomic=True)[:, 0]
     else:
         old = m.memory.load(access, address, unit, 1)[:, 0]
@@ -245,7 +279,7 @@ def _take_turns(
         lanes = np.flatnonzero(turn == i)
         old[lanes] = now[place[lanes]]
         now[place[lanes]] = function(old[lanes], *[v[lanes] for v in values])
-    memory = m.shared if space == "shared" else m.memory
+    memory = m.shared if shared else m.memory
     memory.store(access, address, unit, now[place][:, None], atomic=True)
     return old
 
@@ -337,11 +371,13 @@ def smallest_shared(instructions: list[Instruction]) -> int:
     sizes = [
         width(i.op[-1])
         for i in instructions
-        if i.op[0] in ("ld", "st", "atom", "red") and _space(i.op) in ("shared", "generic")
+        if i.op[0] in ("ld", "st", "atom", "red")
+        and space_of(i.op) in ("shared", "shared__cluster", "generic")
     ]
     return min([4, *sizes])
 
 
 STEPS: dict[str, Callable[[Translator, Instruction], Step]] = {
-    "ld": _ld, "ldu": _ld, "st": _st, "atom": _atom, "red": _atom, "cp": _cp,
+    "ld": _ld, "ldu": _ld, "st": _st, "mapa": _mapa, "atom": _atom, "red": _atom,
+    "cp": _cp,
 }  # fmt: skip

@@ -23,6 +23,10 @@ class SharedHazard(Fault):
     """Two threads accessed the same shared bytes, one to write, with no barrier between."""
 
 
+class ClusterHazard(Fault):
+    """An access to shared memory of a CTA that may not have started, or may have exited."""
+
+
 class AsyncHazard(Fault):
     """An access to shared bytes where a copy is still in flight."""
 

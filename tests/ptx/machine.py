@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from . import clusters
 from .faults import Deadlock, Divergence, Fault, StepLimit
 from .memory import Access, Clocks, Local, Memory, Parameters, Shared
 from .parse import Instruction
@@ -48,14 +49,36 @@ class Launch:
     parameters: Parameters
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
+    cluster: tuple[int, int, int]
     shared_size: int
     local_size: int
     grain: int
     step_limit: int
 
+    @property
+    def cluster_size(self) -> int:
+        return int(np.prod(self.cluster))
+
+    @property
+    def clusters(self) -> tuple[int, ...]:
+        """The grid, counted in clusters."""
+        return tuple(g // c for g, c in zip(self.grid, self.cluster, strict=True))
+
+    def ctaid(self, cta: Any) -> list[Any]:
+        """Where in the grid a CTA is, by its number: those of a cluster come one after another."""
+        size = self.cluster_size
+        outer, inner = _split(cta // size, self.clusters), _split(cta % size, self.cluster)
+        return [o * c + i for o, i, c in zip(outer, inner, self.cluster, strict=True)]
+
+
+def _split(index: Any, sizes: Sequence[int]) -> tuple[Any, Any, Any]:
+    """Coordinates x, y and z of an index, x the fastest."""
+    x, y, _ = sizes
+    return index % x, index // x % y, index // (x * y)
+
 
 class Machine:
-    """The CTAs ``first ... first + count - 1`` of a launch."""
+    """The CTAs ``first ... first + count - 1`` of a launch: whole clusters."""
 
     def __init__(self, launch: Launch, first: int, count: int, registers: list[Any]) -> None:
         self.launch, self.first, self.ctas = launch, first, count
@@ -64,12 +87,15 @@ class Machine:
         self.lanes = count * self.warps * 32
         self.r = registers
         self.written: defaultdict[int, np.ndarray | np.bool_] = defaultdict(np.bool_)
-        self.clocks = Clocks(count, self.warps)
-        self.shared = Shared(count, self.warps, launch.shared_size, launch.grain)
+        size = launch.cluster_size
+        self.clocks = Clocks(count, self.warps, size)
+        self.shared = Shared(count, self.warps, size, launch.shared_size, launch.grain)
+        self.peers = clusters.Peers(count, self.clocks)
         self.local = Local(self.lanes, launch.local_size)
         self.memory, self.parameters = launch.memory, launch.parameters
         self._identify()
         self.copies = Copies(self.lanes)
+        self.meeting = clusters.Barrier(self.thread < self.threads, 32 * self.warps * size)
         self.position = np.where(self.thread < self.threads, 0, DONE)
         self.barrier = np.full(self.lanes, -1)
         self.resume = np.zeros(self.lanes, np.int64)
@@ -85,6 +111,7 @@ class Machine:
         self.warp = lane // 32
         self.cta = lane // (32 * self.warps)
         self.thread = lane % (32 * self.warps)
+        self.member = lane % (32 * self.warps * self.launch.cluster_size)
         self.identity = lane + self.first * 32 * self.warps + 1
         exists = self.thread < self.threads
         self.warp_threads = np.bincount(self.warp[exists], minlength=self.ctas * self.warps)
@@ -92,20 +119,28 @@ class Machine:
     def special(self, name: str) -> Any:
         """The value of a special register such as ``%tid.x``."""
         stem, _, axis = name.removeprefix("%").partition(".")
-        x, y, _ = self.launch.block if stem in ("tid", "ntid") else self.launch.grid
-        index = self.thread if stem == "tid" else self.first + self.cta
-        if stem in ("tid", "ctaid"):
-            parts = {"x": index % x, "y": index // x % y, "z": index // (x * y)}
-            return parts[axis].astype(np.uint32)
-        if stem in ("ntid", "nctaid"):
-            sizes = self.launch.block if stem == "ntid" else self.launch.grid
-            return np.uint32(sizes["xyz".index(axis)])
+        launch, cta = self.launch, self.first + self.cta
+        rank = cta % launch.cluster_size
+        if axis:
+            triples = {
+                "tid": _split(self.thread, launch.block),
+                "ntid": launch.block,
+                "ctaid": launch.ctaid(cta),
+                "nctaid": launch.grid,
+                "clusterid": _split(cta // launch.cluster_size, launch.clusters),
+                "nclusterid": launch.clusters,
+                "cluster_ctaid": _split(rank, launch.cluster),
+                "cluster_nctaid": launch.cluster,
+            }
+            return np.uint32(triples[stem]["xyz".index(axis)])
         lane = (self.thread & 31).astype(np.uint32)
         below = (np.uint32(1) << lane) - np.uint32(1)
         values = {
             "laneid": lane,
             "warpid": (self.thread // 32).astype(np.uint32),
             "nwarpid": np.uint32(self.warps),
+            "cluster_ctarank": rank.astype(np.uint32),
+            "cluster_nctarank": np.uint32(launch.cluster_size),
             "lanemask_eq": below + np.uint32(1),
             "lanemask_lt": below,
             "lanemask_le": below * np.uint32(2) + np.uint32(1),
@@ -152,10 +187,10 @@ class Machine:
         """Who the active lanes are."""
         fail = partial(self.fault, instruction)
         if self.mask is None:
-            return Access(self.cta, self.warp, self.thread, self.identity, self.clocks, fail)
+            return Access(self.cta, self.warp, self.member, self.identity, self.clocks, fail)
         i = self.index
         return Access(
-            self.cta[i], self.warp[i], self.thread[i], self.identity[i], self.clocks, fail
+            self.cta[i], self.warp[i], self.member[i], self.identity[i], self.clocks, fail
         )
 
     def fault(
@@ -163,8 +198,7 @@ class Machine:
     ) -> Fault:
         """The error of one of the active lanes."""
         lane = int(self.index[active])
-        z, y = divmod(self.first + int(self.cta[lane]), self.launch.grid[0])
-        z, y, x = z // self.launch.grid[1], z % self.launch.grid[1], y
+        x, y, z = self.launch.ctaid(self.first + int(self.cta[lane]))
         line = instruction.text if instruction else "(end)"
         return kind(
             f"{self.launch.program.name}: {line}: CTA ({x}, {y}, {z}), "
@@ -233,6 +267,8 @@ class Machine:
             lowest = np.repeat(self.position.reshape(-1, 32).min(1), 32)
             mask = (self.position == place) & (lowest == place)
             self._run_group(mask, int(place), limit if limit < WAITING else DONE)
+            if self.launch.cluster_size > 1:
+                self.peers.leave(self, (self.position.reshape(self.ctas, -1) == DONE).all(1))
 
     def _places(self) -> np.ndarray:
         """Positions where warps can go on, each at the lowest of its lanes."""
@@ -253,12 +289,12 @@ class Machine:
                 step(self)
             self._count(stop - at + 1, stop)
             if stop == limit:
-                return self._park(limit)
+                return self.park(limit)
             at = steps[stop](self, stop)
             jumps += 1
             self._impatient = jumps > PATIENCE and limit < DONE
             if at is not None and (at >= limit or self._impatient):
-                return self._park(at)
+                return self.park(at)
 
     def _count(self, steps: int, position: int) -> None:
         self._steps += steps
@@ -270,7 +306,7 @@ class Machine:
                 f"after {self.launch.step_limit} instructions",
             )
 
-    def _park(self, position: int | np.ndarray) -> None:
+    def park(self, position: int | np.ndarray) -> None:
         """The active lanes go on there when they are chosen next."""
         self.position[self.index] = position
 
@@ -284,12 +320,12 @@ class Machine:
             return there
         if count == 0:
             return here
-        self._park(np.where(chosen, there, here))
+        self.park(np.where(chosen, there, here))
         return None
 
     def scatter(self, table: np.ndarray, index: np.ndarray) -> None:
         """Each active lane goes on where a table says."""
-        self._park(table[index])
+        self.park(table[index])
 
     def leave(self, gone: np.ndarray, here: int) -> int | None:
         """Active lanes exit where `gone`; the others go on `here`."""
@@ -301,6 +337,21 @@ class Machine:
         self, instruction: Instruction, number: np.ndarray, threads: np.ndarray, after: int
     ) -> int | None:
         """The active lanes come to a barrier of so many threads (0: all)."""
+        self.require_whole_warps(instruction)
+        if (
+            self.count == self.ctas * self.threads
+            and (threads == 0).all()
+            and (number == number[0]).all()
+        ):
+            self.clocks.join_all()
+            return after
+        self.hold(self.index, number, after)
+        self.expected[self.index] = np.where(threads == 0, self.threads, threads)
+        self._open()
+        return None
+
+    def require_whole_warps(self, instruction: Instruction) -> None:
+        """Raise unless each warp that comes to a barrier does so with all of its threads."""
         full = self.warp_threads
         here = np.bincount(self.warp[self.index], minlength=len(full))
         broken = (here > 0) & (here < full)
@@ -312,37 +363,23 @@ class Machine:
                 int(np.argmax(self.warp[self.index] == warp)),
                 f"{here[warp]} of {full[warp]} threads of the warp came to the barrier",
             )
-        if (
-            self.count == self.ctas * self.threads
-            and (threads == 0).all()
-            and (number == number[0]).all()
-        ):
-            self.clocks.join_all()
-            return after
-        self.position[self.index] = WAITING
-        self.barrier[self.index] = number
-        self.expected[self.index] = np.where(threads == 0, self.threads, threads)
-        self.resume[self.index] = after
-        self._open()
-        return None
 
-    def _open(self) -> bool:
-        """Let go those whose barrier is complete."""
-        opened = False
-        for cta, number in set(zip(*self._waiting(), strict=True)):
-            lanes = np.flatnonzero(
-                (self.cta == cta) & (self.barrier == number) & (self.position == WAITING)
-            )
+    def hold(self, lanes: np.ndarray, number: int | np.ndarray, after: int) -> None:
+        """Lanes wait at a barrier, to go on afterwards."""
+        self.position[lanes], self.barrier[lanes], self.resume[lanes] = WAITING, number, after
+
+    def let_go(self, lanes: np.ndarray) -> None:
+        """Lanes go on after their barrier."""
+        self.position[lanes], self.barrier[lanes] = self.resume[lanes], -1
+
+    def _open(self) -> None:
+        """Let go those whose barrier of a CTA is complete."""
+        waiting = self.barrier >= 0
+        for cta, number in {*zip(self.cta[waiting], self.barrier[waiting], strict=True)}:
+            lanes = np.flatnonzero((self.cta == cta) & (self.barrier == number))
             if len(lanes) >= self.expected[lanes[0]]:
-                self.clocks.join(cta, np.unique(self.warp[lanes] % self.warps))
-                self.position[lanes] = self.resume[lanes]
-                self.barrier[lanes] = -1
-                opened = True
-        return opened
-
-    def _waiting(self) -> tuple[Sequence[int], Sequence[int]]:
-        waiting = self.position == WAITING
-        return self.cta[waiting].tolist(), self.barrier[waiting].tolist()
+                self.clocks.join(np.unique(self.warp[lanes]))
+                self.let_go(lanes)
 
     def _waits_in_vain(self) -> bool:
         """No lane can run: raise if some wait at a barrier."""
@@ -353,14 +390,15 @@ class Machine:
         mine = self.cta == self.cta[first]
         count = int(np.count_nonzero(mine & waiting))
         numbers = sorted(set(self.barrier[mine & waiting].tolist()))
-        self.activate(waiting, int(np.count_nonzero(waiting)), True)
-        raise self.fault(
-            self.launch.program.instructions[self.resume[first] - 1],
-            Deadlock,
-            0,
+        what = (
             f"{count} threads of the CTA wait at barriers {numbers}, "
-            f"{self.threads - count} have exited",
+            f"{self.threads - count} have exited"
         )
+        if self.barrier[first] == clusters.NUMBER:
+            what = self.meeting.missing(first)
+        self.activate(waiting, int(np.count_nonzero(waiting)), True)
+        instruction = self.launch.program.instructions[self.resume[first] - 1]
+        raise self.fault(instruction, Deadlock, 0, what)
 
 
 class Copies:

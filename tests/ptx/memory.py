@@ -35,9 +35,9 @@ RESERVED, WRITTEN = 1, 3
 class Access:
     """Who accesses: for each lane its CTA in the batch, its warp and its thread, and the clocks."""
 
-    cta: np.ndarray  # int64[n], in the batch
+    cta: np.ndarray  # int64[n], in the batch; the one whose shared memory it is, if that is remote
     warp: np.ndarray  # int64[n], in the batch
-    thread: np.ndarray  # int64[n], in the CTA
+    thread: np.ndarray  # int64[n], in the cluster
     identity: np.ndarray  # int64[n], in the launch, from 1
     clocks: Clocks
     fail: Fail  # class, position among the lanes, what
@@ -60,39 +60,65 @@ class Access:
 
 
 class Clocks:
-    """What each warp knows of the others: a vector clock for each warp, moved by barriers.
+    """What each warp knows of those of its cluster: a vector clock for each, moved by barriers.
 
     An access is stamped with its own warp's count. It comes before everything that warp u does
-    from now on if ``known[u, warp] > stamp``.
+    from now on if ``known[u, warp] > stamp``. The first stamp is 1: that u knows more than 0 of
+    a warp says that it has started.
     """
 
-    def __init__(self, ctas: int, warps: int) -> None:
-        self.known = np.zeros((ctas, warps, warps), np.int32)
-        self.rows = self.known.reshape(ctas * warps, warps)
-        self.warps = warps
+    def __init__(self, ctas: int, warps: int, cluster: int) -> None:
+        self.cluster, self.cta_warps, self.warps = cluster, warps, cluster * warps
+        self.known = np.zeros((ctas // cluster, self.warps, self.warps), np.int32)
+        self.known[:] = np.eye(self.warps)
+        self.rows = self.known.reshape(ctas * warps, self.warps)
+        self._arrived = np.zeros((ctas // cluster, self.warps), np.int32)
+        self._released = np.zeros_like(self._arrived)
 
     def own(self, warp: np.ndarray) -> np.ndarray:
         """The stamps of accesses made now by these warps of the batch."""
         return self.rows[warp, warp % self.warps]
 
-    def join(self, cta: int, warps: np.ndarray) -> None:
-        """A barrier of these warps of a CTA."""
-        known = self.known[cta]
-        joined = known[warps].max(0)
-        joined[warps] = known[warps, warps] + 1
-        known[warps] = joined
+    def join(self, warps: np.ndarray) -> None:
+        """A barrier of these warps of the batch, all of one CTA."""
+        joined, peers = self.rows[warps].max(0), warps % self.warps
+        joined[peers] = self.own(warps) + 1
+        self.rows[warps] = joined
 
     def join_all(self) -> None:
-        """A barrier of all warps of every CTA."""
-        own = np.einsum("cww->cw", self.known) + 1
-        self.known[:] = own[:, None]
+        """In every CTA a barrier of all its warps."""
+        clusters, ranks, warps = len(self.known), np.arange(self.cluster), self.cta_warps
+        own = np.einsum("cww->cw", self.known).reshape(clusters, -1, warps) + 1
+        rows = self.known.reshape(clusters, self.cluster, warps, self.warps)
+        joined = rows.max(2)
+        joined.reshape(clusters, self.cluster, self.cluster, warps)[:, ranks, ranks] = own
+        rows[:] = joined[:, :, None]
+
+    def arrive(self, warps: np.ndarray, release: bool) -> None:
+        """These warps of the batch come to the barrier of their cluster, and go on.
+
+        Without `release` others learn that they have started, and no more.
+        """
+        self.step(warps)
+        told = self.rows[warps]
+        if not release:
+            told = np.arange(self.warps) == (warps % self.warps)[:, None]
+        np.maximum.at(self._arrived, warps // self.warps, told)
+
+    def complete(self, cluster: int) -> None:
+        """All warps have come to the barrier of this cluster."""
+        self._released[cluster], self._arrived[cluster] = self._arrived[cluster], 0
+
+    def acquire(self, warps: np.ndarray) -> None:
+        """These warps of the batch pass the barrier of their cluster."""
+        self.rows[warps] = np.maximum(self.rows[warps], self._released[warps // self.warps])
 
     def step(self, warps: np.ndarray) -> None:
         """A barrier inside each of these warps of the batch."""
         self.rows[warps, warps % self.warps] += 1
 
     def before(self, access: Access, warp: np.ndarray, stamp: np.ndarray) -> np.ndarray:
-        """Whether accesses ``[n, k]`` by these warps of the same CTA precede what comes now."""
+        """Whether accesses ``[n, k]`` by these warps of the cluster precede what comes now."""
         return self.rows[access.warp[:, None], warp] > stamp
 
 
@@ -275,8 +301,8 @@ class Shared:
 
     MANY = 32
 
-    def __init__(self, ctas: int, warps: int, size: int, grain: int) -> None:
-        self.size, self.grain = size, grain
+    def __init__(self, ctas: int, warps: int, cluster: int, size: int, grain: int) -> None:
+        self.size, self.grain, self.warps, self.cluster = size, grain, warps, cluster
         self.stride = -(-size // 16) * 16
         self.data = np.zeros(ctas * self.stride, np.uint8)
         self.written = np.zeros(ctas * self.stride, np.uint8)
@@ -284,8 +310,8 @@ class Shared:
         self.writer = np.full(grains, -1, np.int32)
         self.write_stamp = np.full(grains, -1, np.int32)
         self.atomic = np.zeros(grains, bool)
-        self.reader = np.zeros((grains, warps), np.int8)  # a lane, or MANY
-        self.read_stamp = np.full((grains, warps), -1, np.int32)
+        self.reader = np.zeros((grains, cluster * warps), np.int8)  # a lane, or MANY
+        self.read_stamp = np.full((grains, cluster * warps), -1, np.int32)
         self.in_flight = np.zeros(grains, bool)
 
     def load(
@@ -384,10 +410,16 @@ class Shared:
             good,
             SharedHazard,
             lambda i: (
-                f"shared address {address[i]:#x} was written by thread "
-                f"{writer[i][np.argmin(good[i])]} with no barrier between"
+                f"shared address {address[i]:#x} was written by "
+                f"{self._named('thread', int(writer[i][np.argmin(good[i])]), 32)} "
+                "with no barrier between"
             ),
         )
+
+    def _named(self, what: str, number: int, of_a_warp: int) -> str:
+        """A thread or warp of a cluster, by its number in the CTA."""
+        rank, number = divmod(number, self.warps * of_a_warp)
+        return f"{what} {number}" + (f" of CTA {rank} of the cluster" if self.cluster > 1 else "")
 
     def _note_read(self, access: Access, grains: np.ndarray, collective: bool) -> None:
         warp = (access.warp % access.clocks.warps)[:, None]
@@ -420,8 +452,8 @@ class Shared:
                 good,
                 SharedHazard,
                 lambda i: (
-                    f"shared address {address[i]:#x} may still be read by a thread of warp "
-                    f"{int(np.argmin(good[i].all(0)))}: no barrier between"
+                    f"shared address {address[i]:#x} may still be read by a thread of "
+                    f"{self._named('warp', int(np.argmin(good[i].all(0))), 1)}: no barrier between"
                 ),
             )
         me = np.broadcast_to(access.thread[:, None], grains.shape)
@@ -473,7 +505,7 @@ class Local:
             lambda i: f"{size} bytes at local address {address[i]:#x}; the thread has {self.size}",
         )
         _check_aligned(access, address, size)
-        lane = access.cta * (32 * access.clocks.warps) + access.thread
+        lane = access.warp * 32 + (access.thread & 31)
         return (lane * self.stride + address) // size
 
 

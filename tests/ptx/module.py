@@ -15,7 +15,8 @@ from .translate import Translator
 
 Triple = tuple[int, int, int]
 LANES = 2048
-"""Lanes that run at once, if a CTA has no more."""
+"""Lanes that run at once, if a cluster has no more."""
+MAX_CLUSTER = 16
 
 
 class Module:
@@ -48,14 +49,16 @@ class Module:
         params: bytes,
         memory: Memory,
         shared: int = 0,
+        cluster: Triple = (1, 1, 1),
         step_limit: int = 2_000_000,
     ) -> None:
         """Run an entry over a grid. Raises a Fault for the first rule that a thread breaks.
 
-        params: the bytes of the parameter space; shared: bytes of dynamic shared memory;
-        step_limit: instructions that a batch of CTAs may run.
+        params: the bytes of the parameter space; shared: bytes of dynamic shared memory; cluster:
+        CTAs of a cluster along each dimension of the grid; step_limit: instructions that a batch
+        of CTAs may run.
         """
-        self.entry(entry).run(grid, block, bytes(params), shared, memory, step_limit)
+        self.entry(entry).run(grid, block, cluster, bytes(params), shared, memory, step_limit)
 
 
 class Entry:
@@ -64,7 +67,7 @@ class Entry:
     def __init__(
         self, source: parse.Source, body: parse.Body, module_variables: list[parse.Variable]
     ) -> None:
-        self.name, self.body = source.name, body
+        self.name, self.body, self.cluster = source.name, body, source.cluster
         used = _symbols(body)
         self.variables = body.variables + [v for v in module_variables if v.name in used]
         parameters, self.parameter_size = _layout(source.parameters)
@@ -86,26 +89,43 @@ class Entry:
         return self._translator.program()
 
     def run(
-        self, grid: Triple, block: Triple, params: bytes, shared: int, memory: Memory, limit: int
+        self,
+        grid: Triple,
+        block: Triple,
+        cluster: Triple,
+        params: bytes,
+        shared: int,
+        memory: Memory,
+        limit: int,
     ) -> None:
         if len(params) != self.parameter_size:
             raise ValueError(
                 f"{self.name} takes {self.parameter_size} bytes of parameters, got {len(params)}"
             )
+        self._check_clusters(grid, cluster)
         program = self.program
         addresses = self._place_variables(memory)
         memory.launch()
         launch = Launch(
-            program, memory, Parameters(params), grid, block,
+            program, memory, Parameters(params), grid, block, cluster,
             self.dynamic_start + shared, self.local_size, self.grain, limit,
         )  # fmt: skip
         threads = -(-int(np.prod(block)) // 32) * 32
-        ctas, together = int(np.prod(grid)), max(1, LANES // threads)
+        ctas, size = int(np.prod(grid)), launch.cluster_size
+        together = size * max(1, LANES // threads // size)
         with np.errstate(all="ignore"):
             for first in range(0, ctas, together):
                 machine = Machine(launch, first, min(together, ctas - first), [])
                 machine.r = self._registers(machine, addresses)
                 machine.run()
+
+    def _check_clusters(self, grid: Triple, cluster: Triple) -> None:
+        if self.cluster not in (None, cluster):
+            raise ValueError(f"{self.name} is for clusters of {self.cluster} CTAs, got {cluster}")
+        if min(cluster) < 1 or np.prod(cluster) > MAX_CLUSTER:
+            raise ValueError(f"cluster {cluster}: 1 to {MAX_CLUSTER} CTAs")
+        if any(g % c for g, c in zip(grid, cluster, strict=True)):
+            raise ValueError(f"grid {grid} is no multiple of the cluster {cluster}")
 
     def _place_variables(self, memory: Memory) -> dict[str, int]:
         """Addresses of variables in global memory, where they keep their values."""

@@ -24,7 +24,11 @@ GUARDED = re.compile(r"(?:@\s*(!?)\s*([\w$%]+)\s+)?([\w.:]+)\s*(.*)", re.S)
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 NUMBER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|0[fFdD][0-9a-fA-F]+|\d+)U?$")
 DECIMAL = re.compile(r"-?\d+\.\d*$")
-SPECIAL = re.compile(r"%(?:n?tid|n?ctaid)\.[xyz]$|%laneid$|%warpid$|%lanemask_\w+$|%nwarpid$")
+SPECIAL = re.compile(
+    r"%(?:n?tid|n?ctaid|n?clusterid|cluster_n?ctaid)\.[xyz]$"
+    r"|%laneid$|%warpid$|%lanemask_\w+$|%nwarpid$|%cluster_n?ctarank$"
+)
+CLUSTER = re.compile(r"\.reqnctapercluster\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?")
 
 WIDTHS = {"8": 1, "16": 2, "32": 4, "64": 8, "16x2": 4}
 RAW: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -142,11 +146,13 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An entry that has not been parsed: its parameters' declarations, and where it starts."""
+    """An entry that has not been parsed: its parameters' declarations, where it starts, and the
+    dimensions of the clusters that it must be launched with, if any."""
 
     name: str
     parameters: list[Variable]
     start: int
+    cluster: tuple[int, int, int] | None
 
 
 def variable(text: str) -> Variable:
@@ -188,12 +194,20 @@ def scan(text: str) -> tuple[str, dict[str, Source], list[Variable]]:
     position = 0
     for found in ENTRY.finditer(text):
         variables += _module_variables(text[position : found.start()])
-        name, parameters, _ = found.groups()
+        name, parameters, directives = found.groups()
         declared = [variable(p) for p in (parameters or "").split(",") if p.strip()]
-        entries[name] = Source(name, declared, found.end())
+        entries[name] = Source(name, declared, found.end(), _cluster(directives))
         position = _closing(text, found.end())
     variables += _module_variables(text[position:])
     return text, entries, variables
+
+
+def _cluster(directives: str) -> tuple[int, int, int] | None:
+    found = CLUSTER.search(directives)
+    if not found:
+        return None
+    x, y, z = (int(size or 1) for size in found.groups())
+    return x, y, z
 
 
 def _closing(text: str, start: int) -> int:

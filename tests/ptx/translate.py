@@ -369,8 +369,8 @@ def _cvt(t: Translator, instruction: Instruction) -> Step:
 
 
 def _cvta(t: Translator, instruction: Instruction) -> Step:
-    space = next((s for s in instruction.op if s in access.WINDOWS), None)
-    if space is None:
+    space = access.space_of(instruction.op)
+    if space not in access.WINDOWS:
         raise Unsupported("state space")
     base = np.uint64(access.WINDOWS[space])
     function = (lambda a: a - base) if "to" in instruction.op else (lambda a: a + base)

@@ -1,4 +1,4 @@
-"""Instructions of a whole warp or CTA: barriers, shuffles, votes, ldmatrix and mma."""
+"""Instructions of a whole warp, CTA or cluster: barriers, shuffles, votes, ldmatrix and mma."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def barrier(t: Translator, instruction: Instruction) -> Control:
-    """bar.sync and barrier.sync, with a number and perhaps a count of threads."""
+    """barrier.cluster; bar.sync and barrier.sync, with a number and perhaps a count of threads."""
+    if instruction.op[1] == "cluster":
+        return _cluster_barrier(instruction)
     if "sync" not in instruction.op:
         raise Unsupported("barrier")
     number, *threads = instruction.operands
@@ -29,6 +31,16 @@ def barrier(t: Translator, instruction: Instruction) -> Control:
         return m.wait(instruction, numbers, counts, at + 1)
 
     return control
+
+
+def _cluster_barrier(instruction: Instruction) -> Control:
+    action, *how = instruction.op[2:]
+    if action == "arrive" and set(how) <= {"release", "relaxed", "aligned"}:
+        release = "relaxed" not in how
+        return lambda m, at: m.meeting.arrive(m, instruction, release, at + 1)
+    if action == "wait" and set(how) <= {"acquire", "aligned"}:
+        return lambda m, at: m.meeting.wait(m, instruction, at + 1)
+    raise Unsupported("barrier")
 
 
 def _bar_warp(t: Translator, instruction: Instruction) -> Step:
