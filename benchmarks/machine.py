@@ -44,8 +44,13 @@ def processor() -> str:
 
 
 def commit() -> str:
+    """The commit of this folder; empty without a repository, or without git."""
     command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
 
 
 def last_level_cache() -> int:
