@@ -142,6 +142,7 @@ def attend_causally(
     return jnp.concatenate(blocks, axis=1)
 
 
+@jax.named_scope("attend")
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -155,7 +156,8 @@ def attend(
 
     Query s sees position t where ``visible bool[S, T]``. Scores are multiplied by `scale` (None:
     ``D**-0.5``) and then capped (`cap_softly`). They and softmax are float32; the result
-    ``[B H, S, D]`` has the dtype of `q`.
+    ``[B H, S, D]`` has the dtype of `q`. In traces of a profiler its operations have "attend" in
+    their names.
     """
     s, size = q.shape[1:]
     grouped = q.reshape(k.shape[0], -1, size)  # the H / G query heads of a key, one after another
