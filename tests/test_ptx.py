@@ -17,7 +17,7 @@ import ptx
 import pytest
 
 KERNELS = Path(ptx.__file__).parent / "kernels"
-HOPPER = ("clusters", "cluster_faults")
+HOPPER = ("clusters", "cluster_faults", "dependents")
 """Files of kernels for sm_90a; the others are for sm_80."""
 LANES = 256
 
@@ -1112,6 +1112,110 @@ def test_clusters_that_can_not_be_launched(
 def test_an_entry_may_ask_for_its_clusters(kernels: dict[str, ptx.Module]) -> None:
     got = run_clusters(kernels, "fixed", random_words(1), 4, (4, 1, 1), (2, 1, 1))
     assert got.tolist() == [0, 1, 0, 1]
+
+
+# --- dependent launches ---
+
+TRIGGER_FIRST, WAIT_FIRST, WAIT_LAST, TRIGGER_LAST, ONE_WARP_WAITS = 1, 2, 4, 8, 16
+
+
+class Step(NamedTuple):
+    """A launch of dependents.cu: of which buffers x and y, what it does, and whether it depends."""
+
+    x: str
+    y: str
+    does: int = 0
+    dependent: bool = True
+    entry: str = "plain"
+
+
+FIRST = Step("a", "b", TRIGGER_FIRST, dependent=False)
+EARLY = TRIGGER_FIRST | WAIT_FIRST
+"""Starts dependents before what comes before it has ended."""
+LATE = WAIT_FIRST | TRIGGER_LAST
+READS = r"reads global address 0x\w+, byte \d+ of a buffer of 512, before griddepcontrol.wait; a "
+WRITES = READS.replace("reads", "writes")
+DEPENDENCE_BUGS = {
+    "read what was written": ([FIRST, Step("b", "c", WAIT_LAST)], READS + "launch before wrote"),
+    "copy of what was written": (
+        [FIRST, Step("b", "c", WAIT_LAST, entry="copied")], READS + "launch before wrote"),
+    "write what was read": ([FIRST, Step("c", "a", WAIT_LAST)], WRITES + "launch before read"),
+    "write what was read by copies": (
+        [FIRST._replace(entry="copied"), Step("c", "a", WAIT_LAST)],
+        WRITES + "launch before read"),
+    "write what was written": ([FIRST, Step("a", "b", WAIT_LAST)], WRITES + "launch before wrote"),
+    "add to what was written": (
+        [FIRST, Step("a", "b", WAIT_LAST, entry="added")], READS + "launch before wrote"),
+    "read what was added to": (
+        [FIRST._replace(entry="added"), Step("b", "c", WAIT_LAST)], READS + "launch before wrote"),
+    "without a trigger": (
+        [FIRST._replace(does=0), Step("b", "c", WAIT_LAST)], READS + "launch before wrote"),
+    "others wait": ([FIRST, Step("b", "c", ONE_WARP_WAITS)], READS + "launch before wrote"),
+    "nobody waits": ([FIRST, Step("c", "d")], "no thread of a dependent launch executed griddepc"),
+    "one before the last": (
+        [FIRST, Step("c", "d", EARLY), Step("b", "e", WAIT_LAST)], READS + "launch before wrote"),
+    "long before": (
+        [FIRST, *[Step("c", "d", EARLY)] * 3, Step("c", "a", WAIT_LAST)],
+        WRITES + "launch before read"),
+    "buffers made in between": (
+        [FIRST, Step("c", "d", EARLY), Step("c", "new", EARLY), Step("b", "newer", WAIT_LAST)],
+        READS + "launch before wrote"),
+}  # fmt: skip
+INDEPENDENT = {
+    "others are not touched": [FIRST, Step("c", "d", WAIT_LAST)],
+    "other bytes of the same buffer": [FIRST, Step("c", "b+256", WAIT_LAST)],
+    "both read": [FIRST, Step("a", "c", WAIT_LAST)],
+    "not dependent": [FIRST, Step("b", "c", WAIT_LAST, dependent=False)],
+    "the first launch": [Step("a", "b", WAIT_LAST)],
+    "one before the last that has ended": [
+        FIRST, Step("b", "d", LATE), Step("b", "e", WAIT_LAST)],
+    "one before the last without a trigger": [
+        FIRST, Step("b", "d", WAIT_FIRST), Step("b", "e", WAIT_LAST)],
+    "a launch in between that is not dependent": [
+        FIRST, Step("c", "d", EARLY, dependent=False), Step("b", "e", WAIT_LAST)],
+    "nobody waits where none need": [FIRST, Step("b", "c", dependent=False)],
+}  # fmt: skip
+
+
+def run_steps(module: ptx.Module, steps: list[Step]) -> None:
+    """Launch one after another, each on 64 words; compare all buffers afterwards."""
+    memory, places = ptx.Memory(), {}
+    words: dict[str, np.ndarray] = {}
+
+    def place(name: str) -> None:
+        words[name] = random_words(128, len(name) + ord(name[0]))
+        places[name] = memory.place(words[name])
+
+    for name in "abcde":
+        place(name)
+    for step in steps:
+        for name in {step.x, step.y} - set(places) - {"b+256"}:
+            memory.reserve(10**6)
+            place(name)
+        buffer, _, offset = step.y.partition("+")
+        params = struct.pack("<QQi4x", places[step.x], places[buffer] + int(offset or 0), step.does)
+        module.run(
+            step.entry, grid=(1, 1, 1), block=(64, 1, 1), params=params, memory=memory,
+            dependent=step.dependent,
+        )  # fmt: skip
+        to = words[buffer][int(offset or 0) // 4 :][:64]
+        to[:] = words[step.x][:64] + np.uint32(1) + (to if step.entry == "added" else 0)
+    for name, wanted in words.items():
+        np.testing.assert_array_equal(memory.read(places[name], np.uint32, 128), wanted)
+
+
+@pytest.mark.parametrize("name", DEPENDENCE_BUGS)
+def test_a_launch_that_does_not_wait_is_found(kernels: dict[str, ptx.Module], name: str) -> None:
+    steps, what = DEPENDENCE_BUGS[name]
+    *before, last = steps
+    run_steps(kernels["dependents"], [*before, last._replace(does=WAIT_FIRST)])
+    with pytest.raises(ptx.DependencyHazard, match=rf"{last.entry}: .*{what}"):
+        run_steps(kernels["dependents"], steps)
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_a_launch_need_not_wait(kernels: dict[str, ptx.Module], name: str) -> None:
+    run_steps(kernels["dependents"], INDEPENDENT[name])
 
 
 # --- PTX by hand, and errors ---

@@ -9,9 +9,9 @@
                memory=memory)
     memory.read(y, np.float32, 100)
 
-It covers what kernels for sm_80 use, inline assembly included, and thread block clusters. Every
-access is checked: bounds, alignment, initialisation, and that barriers order what threads share;
-see `faults`.
+It covers what kernels for sm_80 use, inline assembly included, thread block clusters, and launches
+that depend on the one before. Every access is checked: bounds, alignment, initialisation, and that
+barriers order what threads share; see `faults`.
 """
 
 from .faults import (
@@ -19,6 +19,7 @@ from .faults import (
     BadPolicy,
     ClusterHazard,
     Deadlock,
+    DependencyHazard,
     Divergence,
     Fault,
     GlobalRace,
@@ -39,6 +40,7 @@ __all__ = [
     "BadPolicy",
     "ClusterHazard",
     "Deadlock",
+    "DependencyHazard",
     "Divergence",
     "Fault",
     "GlobalRace",

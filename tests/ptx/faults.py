@@ -31,6 +31,10 @@ class AsyncHazard(Fault):
     """An access to shared bytes where a copy is still in flight."""
 
 
+class DependencyHazard(Fault):
+    """A dependent launch didn't wait for the one before it, or not before it touched its memory."""
+
+
 class GlobalRace(Fault):
     """Two unordered threads wrote different values to the same global byte."""
 

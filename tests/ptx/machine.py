@@ -50,6 +50,7 @@ class Launch:
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     cluster: tuple[int, int, int]
+    dependent: bool
     shared_size: int
     local_size: int
     grain: int
@@ -96,6 +97,8 @@ class Machine:
         self._identify()
         self.copies = Copies(self.lanes)
         self.meeting = clusters.Barrier(self.thread < self.threads, 32 * self.warps * size)
+        # Lanes that haven't waited for the launch before theirs; None if they need not.
+        self.early = np.ones(self.lanes, bool) if launch.dependent else None
         self.position = np.where(self.thread < self.threads, 0, DONE)
         self.barrier = np.full(self.lanes, -1)
         self.resume = np.zeros(self.lanes, np.int64)
@@ -186,12 +189,10 @@ class Machine:
     def access(self, instruction: Instruction) -> Access:
         """Who the active lanes are."""
         fail = partial(self.fault, instruction)
-        if self.mask is None:
-            return Access(self.cta, self.warp, self.member, self.identity, self.clocks, fail)
-        i = self.index
-        return Access(
-            self.cta[i], self.warp[i], self.member[i], self.identity[i], self.clocks, fail
-        )
+        i = slice(None) if self.mask is None else self.index
+        early = None if self.early is None else self.early[i]
+        who = self.cta[i], self.warp[i], self.member[i], self.identity[i]
+        return Access(*who, early, self.clocks, fail)
 
     def fault(
         self, instruction: Instruction | None, kind: type[Fault], active: int, what: str

@@ -6,6 +6,7 @@ Each load takes addresses (``int64[n]``, one for each lane that takes part) and 
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .dependents import READ, WROTE, Touched
 from .faults import (
     AsyncHazard,
     Fault,
@@ -39,6 +41,7 @@ class Access:
     warp: np.ndarray  # int64[n], in the batch
     thread: np.ndarray  # int64[n], in the cluster
     identity: np.ndarray  # int64[n], in the launch, from 1
+    early: np.ndarray | None  # bool[n], whether the launch before may not have ended
     clocks: Clocks
     fail: Fail  # class, position among the lanes, what
 
@@ -49,7 +52,8 @@ class Access:
             return self.fail(kind, int(lanes[lane]), what)
 
         some = self.cta[lanes], self.warp[lanes], self.thread[lanes], self.identity[lanes]
-        return Access(*some, self.clocks, fail)
+        early = None if self.early is None else self.early[lanes]
+        return Access(*some, early, self.clocks, fail)
 
     def require(self, good: np.ndarray, kind: type[Fault], what: Callable[[int], str]) -> None:
         """Raise `kind` for the first lane that is not good (``bool[n]`` or ``bool[n, any]``)."""
@@ -148,6 +152,9 @@ class Memory:
         self._end = GAP
         self._variables: dict[object, int] = {}
         self._races = _Races(0)
+        self._starts: list[int] = []
+        self._sizes: list[int] = []
+        self.touched = Touched()
 
     def reserve(self, nbytes: int) -> int:
         """The address of bytes that are not initialised."""
@@ -157,6 +164,8 @@ class Memory:
             self._data = np.concatenate([self._data, np.zeros_like(self._data)])
             self._state = np.concatenate([self._state, np.zeros_like(self._state)])
         self._state[start : start + nbytes] = RESERVED
+        self._starts.append(start)
+        self._sizes.append(nbytes)
         return BASE + start
 
     def place(self, array: np.ndarray) -> int:
@@ -190,13 +199,15 @@ class Memory:
             )
         return self._data[start : start + size].copy().view(dtype).reshape(shape)
 
-    def launch(self) -> None:
-        """Forget who wrote what: a new kernel starts."""
+    def launch(self, dependent: bool) -> None:
+        """Forget who wrote what: a new kernel starts, perhaps before the last one ends."""
         self._races = _Races(len(self._data))
+        self.touched.launch(len(self._data), dependent)
 
     def load(self, access: Access, address: np.ndarray, unit: int, count: int) -> np.ndarray:
         """Values ``[n, count]``, all of them written before."""
         rows = self._rows(access, address, unit * count)
+        self.touched.note(access, rows, unit * count, READ, lambda i: self._named(address[i]))
         state = self._view(self._state, unit * count)[rows]
         access.require(
             state == self._all_written(unit * count),
@@ -216,6 +227,7 @@ class Memory:
         """Write values ``[n, count]``."""
         size = unit * values.shape[1]
         rows = self._rows(access, address, size)
+        self.touched.note(access, rows, size, WROTE, lambda i: self._named(address[i]))
         data = _units(self._data, unit, values.shape[1])
         if not atomic:
             self._races.check(access, rows, size, data[rows] != values)
@@ -252,6 +264,13 @@ class Memory:
     def _allocated(self, rows: np.ndarray, size: int) -> np.ndarray:
         ones = np.full(8, RESERVED, np.uint8).view(RAW[min(size, 8)])[0]
         return (self._view(self._state, size)[rows] & ones == ones).all(1)
+
+    def _named(self, address: int) -> str:
+        """An address and its buffer."""
+        offset = int(address) - BASE
+        buffer = bisect.bisect(self._starts, offset) - 1
+        byte = offset - self._starts[buffer]
+        return f"global address {address:#x}, byte {byte} of a buffer of {self._sizes[buffer]},"
 
     def _near(self, start: int) -> str:
         """How far a bad offset is past the last allocation before it."""

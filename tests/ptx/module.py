@@ -50,15 +50,18 @@ class Module:
         memory: Memory,
         shared: int = 0,
         cluster: Triple = (1, 1, 1),
+        dependent: bool = False,
         step_limit: int = 2_000_000,
     ) -> None:
         """Run an entry over a grid. Raises a Fault for the first rule that a thread breaks.
 
         params: the bytes of the parameter space; shared: bytes of dynamic shared memory; cluster:
-        CTAs of a cluster along each dimension of the grid; step_limit: instructions that a batch
-        of CTAs may run.
+        CTAs of a cluster along each dimension of the grid; dependent: it may start before the run
+        before it on this memory has ended; step_limit: instructions that a batch of CTAs may run.
         """
-        self.entry(entry).run(grid, block, cluster, bytes(params), shared, memory, step_limit)
+        self.entry(entry).run(
+            grid, block, cluster, bytes(params), shared, memory, dependent, step_limit
+        )
 
 
 class Entry:
@@ -96,6 +99,7 @@ class Entry:
         params: bytes,
         shared: int,
         memory: Memory,
+        dependent: bool,
         limit: int,
     ) -> None:
         if len(params) != self.parameter_size:
@@ -105,9 +109,9 @@ class Entry:
         self._check_clusters(grid, cluster)
         program = self.program
         addresses = self._place_variables(memory)
-        memory.launch()
+        memory.launch(dependent)
         launch = Launch(
-            program, memory, Parameters(params), grid, block, cluster,
+            program, memory, Parameters(params), grid, block, cluster, dependent,
             self.dynamic_start + shared, self.local_size, self.grain, limit,
         )  # fmt: skip
         threads = -(-int(np.prod(block)) // 32) * 32
@@ -118,6 +122,7 @@ class Entry:
                 machine = Machine(launch, first, min(together, ctas - first), [])
                 machine.r = self._registers(machine, addresses)
                 machine.run()
+        memory.touched.end(self.name)
 
     def _check_clusters(self, grid: Triple, cluster: Triple) -> None:
         if self.cluster not in (None, cluster):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import access, assigned, convert, floats, flow, hints, integers, warps
+from . import access, assigned, convert, dependents, floats, flow, hints, integers, warps
 from .faults import Trap, Unsupported
 from .machine import DONE, Control, Machine, Program, Step
 from .parse import (
@@ -28,8 +28,7 @@ from .parse import (
 
 FLOAT_TYPES = ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64")
 NOTHING = (
-    "membar", "fence", "prefetch", "prefetchu", "griddepcontrol", "discard", "applypriority",
-    "nanosleep",
+    "membar", "fence", "prefetch", "prefetchu", "discard", "applypriority", "nanosleep",
 )  # fmt: skip
 """Hints, and orders that lockstep keeps anyway."""
 
@@ -209,7 +208,7 @@ class Translator:
         name = instruction.op[0]
         if name in NOTHING or (name == "st" and instruction.op[1] == "param"):
             return lambda m: None
-        for table in (access.STEPS, hints.STEPS, warps.STEPS, STEPS):
+        for table in (access.STEPS, hints.STEPS, dependents.STEPS, warps.STEPS, STEPS):
             if name in table:
                 return hints.hinted(self, instruction, table[name])
         return _general(self, instruction)
