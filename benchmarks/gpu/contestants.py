@@ -124,13 +124,20 @@ def _bytes(tree: Any) -> int:
 
 def ours(case: Case, precision: Precision, implementation: str) -> Contestant:
     """`ap.matmul` of bfloat16 activations, the prologue included."""
-    pair = precision.pair
     operation = functools.partial(
         ap.matmul,
-        act_bits=pair.activations,
+        act_bits=precision.pair.activations,
         act_scales="group" if precision.group_size else "token",
         implementation=implementation,
     )
+    return quantized(case, precision, operation, implementation)
+
+
+def quantized(
+    case: Case, precision: Precision, operation: Operation, implementation: str
+) -> Contestant:
+    """An `operation` that multiplies bfloat16 activations by packed weights, as `ap.matmul`."""
+    pair = precision.pair
 
     def make_set(seed: int) -> tuple[Any, ...]:
         return activations(case, seed), random_weights(seed, case.layer, precision)

@@ -35,7 +35,7 @@ class Precision(NamedTuple):
         return f"{self.pair}" + (f" g{self.group_size}" if self.group_size else "")
 
 
-def _precisions(*names: str) -> tuple[Precision, ...]:
+def precisions(*names: str) -> tuple[Precision, ...]:
     """Of names such as "W4A8" or "W4A16 g128", where 16 bits are bfloat16."""
     found = []
     for name in names:
@@ -46,7 +46,7 @@ def _precisions(*names: str) -> tuple[Precision, ...]:
     return tuple(found)
 
 
-PRECISIONS = _precisions(
+PRECISIONS = precisions(
     *("W1A1", "W1A2", "W2A2", "W2A4", "W3A3", "W4A4", "W2A8", "W4A8", "W8A8"),
     *("W1A16", "W2A16", "W3A16", "W4A16", "W8A16", "W4A8 g128", "W4A16 g128"),
 )
@@ -64,11 +64,11 @@ FULL = Selection((*SQUARES, *MODELS), (1, 4, 16, 64, 256, 1024, 4096, 8192), PRE
 QUICK = Selection(
     (SQUARES[2], MODELS[1], SQUARES[3], MODELS[6]),
     (1, 16, 256, 1024, 4096),
-    _precisions("W1A1", "W1A2", "W2A2", "W4A4", "W4A8", "W8A8", "W2A16", "W4A16", "W4A8 g128"),
+    precisions("W1A1", "W1A2", "W2A2", "W4A4", "W4A8", "W8A8", "W2A16", "W4A16", "W4A8 g128"),
 )
 SMOKE = Selection(
     (Layer("small", 256, 192),),
     (33,),
-    _precisions("W1A1", "W4A8", "W3A16", "W4A8 g128"),
+    precisions("W1A1", "W4A8", "W3A16", "W4A8 g128"),
 )
 SELECTIONS = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
