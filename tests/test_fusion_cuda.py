@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,6 +23,7 @@ from test_sharding import make_mesh
 
 import jax_anyprec as ap
 from jax_anyprec import _native, fusion, local_cuda_fused
+from jax_anyprec.models import Cache, Llama, LlamaConfig, merge_projections
 
 TARGET = local_cuda_fused.TARGET
 # While no extension has it, it is not among the published names.
@@ -152,6 +154,27 @@ def test_asked_for_by_name(cuda: Extension, name: str) -> None:
 def test_one_program_for_both_platforms(cuda: Extension) -> None:
     found = names(run, rows(M, K), packed(N, K, 4), platforms=("cpu", "cuda"))
     assert sorted(found) == ["cpu_matmul", "cuda_fused_matmul"]
+
+
+def test_a_layer_of_llama_is_four_products(cuda: Extension) -> None:
+    """With both norms, the gate and both residuals in them."""
+    config = LlamaConfig(
+        vocab_size=32, num_layers=2, hidden_size=64, intermediate_size=96, num_heads=4,
+        num_kv_heads=2, head_dim=16, context_length=8,
+    )  # fmt: skip
+    model = Llama(config, quantization=ap.Quantization(weights=4), rngs=nnx.Rngs(0))
+    merge_projections(model)
+    graph, state = nnx.split(model)
+
+    def step(state: Any, tokens: Any, cache: Cache) -> Any:
+        return nnx.merge(graph, state).hidden(tokens, cache)
+
+    cache = Cache.zeros(config, 1, 8, jnp.float32)
+    found = calls(step, state, np.zeros((1, 1), np.int32), cache)
+    assert {call.name for call in found} == {"cuda_fused_matmul"}
+    kinds = [(call.attributes["before"], call.operands[7] != "0xf32") for call in found]
+    layer = [("rms_norm", False), ("none", True), ("rms_norm", False), ("swiglu", True)]
+    assert kinds == 2 * layer
 
 
 # --- the composition ---
