@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CUSTOM_CALLS",
     "Arena",
+    "CalibrationReport",
     "CheckpointError",
     "Plan",
     "Quantization",
@@ -30,6 +31,8 @@ __all__ = [
     "Rotation",
     "SwiGLU",
     "Unavailable",
+    "calibrate",
+    "calibrate_model",
     "concatenate",
     "fake_quant",
     "fake_quant_matmul",
@@ -58,8 +61,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Layers and checkpoints import Flax, so they load on first use.
-    if name in ("linen", "nnx"):
+    if name in ("calibrate", "linen", "nnx"):
         return importlib.import_module(f".{name}", __name__)
+    if name in ("CalibrationReport", "calibrate_model"):
+        return getattr(importlib.import_module(".calibrate", __name__), name)
     if name in ("CheckpointError", "load", "load_into", "save"):
         return getattr(importlib.import_module(".checkpoint", __name__), name)
     if name == "save_dequantized":

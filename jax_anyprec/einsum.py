@@ -222,6 +222,14 @@ def einsum(
     return _permute(y, kept + product.features, product.out)
 
 
+def einsum_rows(spec: str, x: jax.Array) -> jax.Array:
+    """The x of an einsum without batch indices as ``[rows, K]``, which a packed weight takes."""
+    product = parse(spec).expand(x.ndim)
+    sizes = dict(zip(product.x, x.shape, strict=True))
+    k = math.prod(_shape(product.contracted, sizes))
+    return _permute(x, product.x, product.rows + product.contracted).reshape(-1, k)
+
+
 def pack_einsum(
     spec: str,
     weight: Any,

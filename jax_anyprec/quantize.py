@@ -128,14 +128,18 @@ def _quantize(
         rows = rotation.apply(rows)
     groups = group_count(rows.shape[-1], group_size)
     grouped = rows.reshape(*rows.shape[:-1], groups, group_size)
-    scales = absmax_scales(grouped, fmt.max_level(bits)) if given is None else given
-    if method == "mse":
-        scales = _least_error_scales(grouped, scales, bits)
+    scales = choose_scales(grouped, bits, method) if given is None else given
     kept = scales.astype(scale_dtype)
     rounded = kept.astype(jnp.float32)
     fits = ((rounded > 0) & (rounded < jnp.inf) | (scales == 0)).all()
     codes = fmt.encode(grouped, rounded[..., None], bits).reshape(rows.shape)
     return QuantizedTensor.from_codes(codes, kept, bits=bits, rotation=rotation), fits
+
+
+def choose_scales(grouped: jax.Array, bits: int, method: str) -> jax.Array:
+    """Scales ``float32[...]`` of groups ``float32[..., group]``, by "mse" or "absmax"."""
+    absmax = absmax_scales(grouped, fmt.max_level(bits))
+    return _least_error_scales(grouped, absmax, bits) if method == "mse" else absmax
 
 
 def _least_error_scales(grouped: jax.Array, absmax: jax.Array, bits: int) -> jax.Array:

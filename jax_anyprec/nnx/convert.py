@@ -9,14 +9,14 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ..einsum import parse
+from ..einsum import einsum_rows, parse
 from ..plan import Layer, Plan, make_plan
 from ..quantization import Quantization
 from ..rules import Rules
 from ..tensor import SCALE_DTYPES, QuantizedTensor
 from .embed import embed_like
 from .float_layers import FLOAT_LAYERS, float_base, own_behaviour
-from .general import einsum_like, general_like, spec_of
+from .general import einsum_like, general_like, general_rows, spec_of
 from .linear import linear_like
 from .packed import Packed
 from .references import Reference, held, references
@@ -24,12 +24,12 @@ from .references import Reference, held, references
 
 def plan_nnx(model: nnx.Module, rules: Rules, *, errors: bool = True) -> Plan:
     """See `jax_anyprec.plan`."""
-    return make_plan([found.layer for found in _find(model)], rules, errors=errors)
+    return make_plan([found.layer for found in find(model)], rules, errors=errors)
 
 
 def quantize_nnx(model: nnx.Module, rules: Rules | Plan) -> nnx.Module:
     """See `jax_anyprec.quantize_model`; a model that is itself a layer is replaced."""
-    found = _find(model)
+    found = find(model)
     plan = make_plan([f.layer for f in found], rules, errors=False)
     plan.require_quantized()
     for planned in plan.layers:
@@ -48,11 +48,13 @@ class _Kind:
       spec: the product that it computes, see `jax_anyprec.einsum.parse`; rows don't matter.
       shape: of its weight, without stacked layers.
       packed: the counterpart with a packed weight.
+      rows: the layer's input as ``[rows, K]``; None if it is called otherwise, as an embedding is.
     """
 
     spec: Callable[[Any], str]
     shape: Callable[[Any], tuple[int, ...]]
     packed: Callable[[Any, QuantizedTensor, Quantization], nnx.Module]
+    rows: Callable[[Any, Any], Any] | None = None
 
 
 KINDS: dict[type[nnx.Module], _Kind] = {
@@ -60,16 +62,19 @@ KINDS: dict[type[nnx.Module], _Kind] = {
         spec=lambda layer: "k,kn->n",
         shape=lambda layer: (layer.in_features, layer.out_features),
         packed=lambda layer, w, q: linear_like(layer, w, **q.layer_options),
+        rows=lambda layer, x: x.reshape(-1, x.shape[-1]),
     ),
     nnx.LinearGeneral: _Kind(
         spec=spec_of,
         shape=lambda layer: (*layer.batch_axis.values(), *layer.in_features, *layer.out_features),
         packed=general_like,
+        rows=general_rows,
     ),
     nnx.Einsum: _Kind(
         spec=lambda layer: layer.einsum_str,
         shape=lambda layer: tuple(layer.kernel_shape),
         packed=einsum_like,
+        rows=lambda layer, x: einsum_rows(layer.einsum_str, x),
     ),
     nnx.Embed: _Kind(
         spec=lambda layer: "k,nk->n",
@@ -80,7 +85,7 @@ KINDS: dict[type[nnx.Module], _Kind] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class Found:
     """A module with parameters, and where the model refers to it."""
 
     layer: Layer
@@ -88,11 +93,32 @@ class _Found:
     kind: _Kind | None
     references: tuple[Reference, ...]
 
-    def convert(self, model: nnx.Module, quantization: Quantization) -> nnx.Module:
-        """The model with a packed layer in the place of this one."""
+    @property
+    def has_rows(self) -> bool:
+        """Whether the weight is a single matrix, and inputs are rows that it multiplies."""
+        layer = self.layer
+        single = layer.matrix is not None and len(layer.matrix) == 2 and not layer.stacked
+        return single and self.kind is not None and self.kind.rows is not None
+
+    def rows(self, x: Any) -> jax.Array:
+        """An input of the layer as ``float[rows, K]``, where it `has_rows`."""
+        assert self.kind is not None
+        assert self.kind.rows is not None
+        return self.kind.rows(self.module, x)
+
+    def convert(
+        self, model: nnx.Module, quantization: Quantization, weight: QuantizedTensor | None = None
+    ) -> nnx.Module:
+        """The model with a packed layer in the place of this one.
+
+        Args:
+          weight: the packed weight; None to round the layer's own to nearest.
+        """
         assert self.kind is not None
         layer: Any = self.module
-        packed: Any = self.kind.packed(layer, self.layer.pack(quantization), quantization)
+        if weight is None:
+            weight = self.layer.pack(quantization)
+        packed: Any = self.kind.packed(layer, weight, quantization)
         if hasattr(packed, "bias"):
             packed.bias = layer.bias  # the variable itself, which may be shared
         for reference in self.references:
@@ -100,7 +126,7 @@ class _Found:
         return packed if self.module is model else model
 
 
-def _find(model: nnx.Module) -> list[_Found]:
+def find(model: nnx.Module) -> list[Found]:
     """All modules that hold parameters, once each."""
     to: dict[int, list[Reference]] = {id(model): []}
     modules: list[nnx.Pytree] = [model]
@@ -124,7 +150,7 @@ def _rewritten(modules: list[nnx.Pytree]) -> dict[int, str]:
     }
 
 
-def _out_of_reach(model: nnx.Module, to: dict[int, list[Reference]]) -> list[_Found]:
+def _out_of_reach(model: nnx.Module, to: dict[int, list[Reference]]) -> list[Found]:
     """The modules that Flax finds in containers in which they can't be replaced."""
     obstacle = "lies in a container that conversion can't change: neither of Flax nor of Python"
     found = []
@@ -136,7 +162,7 @@ def _out_of_reach(model: nnx.Module, to: dict[int, list[Reference]]) -> list[_Fo
     return found
 
 
-def _describe(module: Any, to: dict[int, list[Reference]], around: str | None) -> _Found:
+def _describe(module: Any, to: dict[int, list[Reference]], around: str | None) -> Found:
     """What rules and plans need to know of a module.
 
     Args:
@@ -169,7 +195,7 @@ def _describe(module: Any, to: dict[int, list[Reference]], around: str | None) -
             "weight": weight,
             "matrices": product.matrices,
         }
-    return _Found(Layer(**fields), module, kind, tuple(to[id(module)]))
+    return Found(Layer(**fields), module, kind, tuple(to[id(module)]))
 
 
 def _name(found: type, base: type | None) -> str:

@@ -233,6 +233,13 @@ def spec_of(layer: nnx.LinearGeneral) -> str:
     return general_spec(len(layer.batch_axis), len(layer.in_features), len(layer.out_features))
 
 
+def general_rows(layer: nnx.LinearGeneral, x: jax.Array) -> jax.Array:
+    """An input of a layer without batch axes as ``[rows, K]``."""
+    axes = sorted(axis % x.ndim for axis in _as_tuple(layer.axis))
+    last = range(x.ndim - len(axes), x.ndim)
+    return jnp.moveaxis(x, axes, last).reshape(-1, math.prod(layer.in_features))
+
+
 def einsum_like(
     layer: nnx.Einsum, kernel: QuantizedTensor, quantization: Quantization, **options: Any
 ) -> QuantEinsum:

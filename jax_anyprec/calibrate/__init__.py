@@ -1,0 +1,66 @@
+"""Calibration: packed weights that keep a model's outputs on examples of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..rules import Rules
+from .report import CalibratedLayer, CalibrationReport
+from .solve import Method
+
+__all__ = ["CalibratedLayer", "CalibrationReport", "Method", "calibrate_model"]
+
+
+def calibrate_model(
+    model: Any,
+    rules: Rules,
+    batches: Iterable[Any],
+    *,
+    call: Callable[[Any, Any], Any] | None = None,
+    method: Method | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CalibrationReport:
+    """Quantize a model so that its outputs change least on `batches`.
+
+    `quantize_model` rounds each weight on its own; this also sees what goes into it. The model is
+    run eagerly, block after block (a block is a layer of a transformer, say), each on what the
+    packed blocks before it give, so that errors don't add up. All is deterministic.
+
+    Args:
+      model: a `flax.nnx.Module`, changed in place.
+      rules: which layers become what, as for `quantize_model`.
+      batches: inputs, a few hundred rows of each layer's K at least; kept in memory, with what one
+        block makes of them in the float and in the packed model.
+      call: ``call(model, batch)`` runs the model; None for ``model(batch)``.
+      method: how codes and scales are found; None for what measured best.
+      progress: called with the layers done so far and their number.
+
+    Returns:
+      A `CalibrationReport`; printed, a table. Layers that no input reaches, or whose inputs are no
+      rows of one matrix (embeddings, stacked layers, experts), are rounded to nearest; it says so.
+
+    Raises:
+      TypeError: the model is no `flax.nnx.Module`.
+      ValueError: there are no batches, a rule does not fit, or inputs of a layer are not finite:
+        layers before that one have been quantized.
+    """
+    from flax import nnx
+
+    from .run import Calibration
+
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be a flax.nnx.Module, got {type(model).__name__}")
+    kept = list(batches)
+    if not kept:
+        raise ValueError("batches must hold at least one batch, got none")
+    calibration = Calibration(
+        model,
+        rules,
+        kept,
+        method=Method() if method is None else method,
+        call=(lambda m, batch: m(batch)) if call is None else call,
+        progress=(lambda done, total: None) if progress is None else progress,
+    )
+    calibration.run()
+    return CalibrationReport(calibration.model, tuple(calibration.done))

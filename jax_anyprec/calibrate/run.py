@@ -1,0 +1,179 @@
+"""Calibration of a model, layer by layer on the inputs that packed layers before it give."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from ..nnx.convert import Found, find
+from ..plan import Layer, make_plan
+from ..quantization import Quantization
+from ..rules import Rules
+from ..tensor import QuantizedTensor
+from .blocks import Blocks, Call, find_blocks
+from .moments import Moments, add, rotation_of
+from .observe import Run, input_of, order
+from .report import CalibratedLayer
+from .solve import Method, solve
+
+LEAST_ROWS = 8
+"""A weight of K rows is calibrated on at least K / LEAST_ROWS inputs; damping does the rest."""
+
+Progress = Callable[[int, int], None]
+
+
+class Runs(NamedTuple):
+    """One batch through a module, and through the float copy of it."""
+
+    packed: Run
+    exact: Run
+
+
+class Calibration:
+    """The state of a calibration: the model, what is still to be done, and what has been.
+
+    Args:
+      model: changed in place, layer by layer.
+      rules: which layers become what.
+      batches: what `call` takes.
+      call: runs the model on a batch.
+      progress: called with the layers done so far and their number.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        rules: Rules,
+        batches: Sequence[Any],
+        *,
+        method: Method,
+        call: Call,
+        progress: Progress,
+    ):
+        found = find(model)
+        plan = make_plan([f.layer for f in found], rules, errors=False)
+        plan.require_quantized()
+        self.todo: dict[str, Quantization] = {
+            p.path: p.quantization for p in plan.layers if p.quantization is not None
+        }
+        self.done: list[CalibratedLayer] = []
+        self.model, self.batches, self.method = model, batches, method
+        self.call, self.progress, self.total = call, progress, len(self.todo)
+        self._reference = nnx.clone(model)
+
+    def run(self) -> None:
+        """Calibrate all layers: blocks in their order, then what lies outside of them."""
+        self._run_blocks()
+        runs = [
+            Runs(
+                lambda batch=batch: self.call(self.model, batch),
+                lambda batch=batch: self.call(self._reference, batch),
+            )
+            for batch in self.batches
+        ]
+        self._calibrate(self.model, self._reference, "", runs)
+        for found in find(self.model):
+            if found.layer.path in self.todo:
+                self._round(found, "its inputs are no rows of one matrix, or it is not called")
+
+    def _run_blocks(self) -> None:
+        references = find_blocks(self.model, list(self.todo))
+        exact_references = find_blocks(self._reference, list(self.todo))
+        packed_model = Blocks(self.model, references, self.call)
+        exact_model = Blocks(self._reference, exact_references, self.call)
+        outputs: list[tuple[Any, Any]] = [(None, None)] * len(self.batches)
+        for i, (packed, exact) in enumerate(zip(references, exact_references, strict=True)):
+            runs = [
+                Runs(
+                    packed_model.run_of(i, batch, output),
+                    exact_model.run_of(i, batch, exact_output),
+                )
+                for batch, (output, exact_output) in zip(self.batches, outputs, strict=True)
+            ]
+            self._calibrate(packed.node, exact.node, f"{packed.path}/", runs)
+            outputs = [(run.packed(), run.exact()) for run in runs]
+
+    def _calibrate(self, module: Any, exact: Any, prefix: str, runs: list[Runs]) -> None:
+        """Calibrate the layers of a module that its runs call, in that order."""
+        copies = {f.layer.path: f for f in find(exact)}
+        here = [f for f in find(module) if prefix + f.layer.path in self.todo and f.has_rows]
+        for stage in order(here, runs[0].packed) if here else []:
+            inputs = [
+                (input_of(stage[0], run.packed), input_of(copies[stage[0].layer.path], run.exact))
+                for run in runs
+            ]
+            moments: dict[Quantization, Moments] = {}
+            for found in stage:
+                quantization = self.todo[prefix + found.layer.path]
+                seen = dataclasses.replace(quantization, weights=1, scales=None)
+                if seen not in moments:
+                    moments[seen] = _moments(inputs, seen)
+                self._pack(found, prefix, quantization, moments[seen])
+
+    def _pack(
+        self, found: Found, prefix: str, quantization: Quantization, moments: Moments
+    ) -> None:
+        path, rows = prefix + found.layer.path, int(moments.rows)
+        layer = dataclasses.replace(found.layer, path=path)
+        if not bool(jnp.isfinite(moments.own).all() & jnp.isfinite(moments.cross).all()):
+            raise ValueError(f"inputs of layer {path!r} are not finite, or their squares are not")
+        assert layer.matrix is not None
+        if rows * LEAST_ROWS < layer.matrix[-2]:
+            self._round(
+                dataclasses.replace(found, layer=layer),
+                f"{rows} inputs are too few for {layer.matrix[-2]} rows of weights",
+            )
+            return
+        weight, shift, error = pack(layer, quantization, moments, self.method)
+        bias = getattr(found.module, "bias", None)
+        if bias is not None and self.method.correct_bias:
+            bias.set_value((bias[...] + shift.reshape(bias[...].shape)).astype(bias[...].dtype))
+        self._replace(found, path, weight)
+        self._finish(path, rows, error, None)
+
+    def _round(self, found: Found, reason: str) -> None:
+        self._replace(found, found.layer.path, None)
+        self._finish(found.layer.path, 0, None, reason)
+
+    def _replace(self, found: Found, path: str, weight: QuantizedTensor | None) -> None:
+        self.model = found.convert(self.model, self.todo[path], weight)
+
+    def _finish(self, path: str, rows: int, error: float | None, fallback: str | None) -> None:
+        quantization = self.todo.pop(path)
+        self.done.append(CalibratedLayer(path, quantization, rows, error, fallback))
+        self.progress(len(self.done), self.total)
+
+
+def _moments(inputs: Sequence[tuple[Any, Any]], quantization: Quantization) -> Moments:
+    moments = Moments.zeros(inputs[0][0].shape[-1])
+    for x, f in inputs:
+        moments = add(moments, x, f, quantization=quantization)
+    return moments
+
+
+def pack(
+    layer: Layer, quantization: Quantization, moments: Moments, method: Method
+) -> tuple[QuantizedTensor, Any, float]:
+    """The packed weight of a layer, what its bias lacks, and the relative error of its outputs."""
+    assert quantization.weights is not None
+    weights = layer.matrices(layer.weight).astype(jnp.float32)
+    k = weights.shape[0]
+    rotation = rotation_of(quantization, k)
+    if rotation is not None:
+        weights = rotation.apply(weights.T).T
+    solution = solve(
+        weights,
+        moments,
+        method,
+        bits=quantization.weights,
+        group_size=quantization.group_size or k,
+        scales=quantization.scale_method,
+    )
+    tensor = QuantizedTensor.from_codes(
+        solution.codes.T, solution.scales, bits=quantization.weights, rotation=rotation
+    )
+    return tensor, solution.shift, float(solution.error)

@@ -1,0 +1,176 @@
+"""Calibration: codes and scales against exhaustive search, and models against their float outputs."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jax_anyprec as ap
+from jax_anyprec.calibrate.moments import Moments, add
+from jax_anyprec.calibrate.solve import Method, solve
+
+FLOAT = ap.Quantization(weights=3, activations=None)
+
+
+def inputs(rng, rows, k, rank=None):
+    """Correlated inputs, as those of a network are."""
+    mix = rng.normal(size=(k if rank is None else rank, k)) / np.sqrt(k)
+    return (rng.normal(size=(rows, len(mix))) @ mix).astype(np.float32)
+
+
+def moments_of(x, f, quantization=FLOAT):
+    return add(Moments.zeros(x.shape[-1]), x, f, quantization=quantization)
+
+
+def values(solution, bits):
+    """The matrix of a solution, by NumPy."""
+    q = 2 * np.asarray(solution.codes, np.float64) - (2**bits - 1)
+    k = len(q)
+    scales = np.asarray(solution.scales, np.float64)
+    return q * np.repeat(scales, k // scales.shape[1], axis=1).T
+
+
+def output_error(f, w, x, q):
+    y = f.astype(np.float64) @ w
+    return ((y - x.astype(np.float64) @ q) ** 2).sum() / (y**2).sum()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(("k", "group_size"), [(64, 64), (96, 32), (50, 50), (128, 64)])
+def test_solutions_beat_rounding(bits, k, group_size):
+    rng = np.random.default_rng(k)
+    x, w = inputs(rng, 512, k), rng.normal(size=(k, 24)).astype(np.float32)
+    solution = solve(
+        jnp.asarray(w), moments_of(x, x), Method(), bits=bits, group_size=group_size, scales="mse"
+    )
+    nearest = ap.quantize(w, bits, group_size=None if group_size == k else group_size)
+    ours = output_error(x, w, x, values(solution, bits))
+    assert ours < 0.8 * output_error(x, w, x, np.asarray(nearest.dequantize(), np.float64))
+    np.testing.assert_allclose(float(solution.error), ours, rtol=0.02, atol=1e-5)
+
+
+def test_sweeps_reach_a_local_optimum():
+    """No single code can be changed for the better, given the scales."""
+    rng = np.random.default_rng(0)
+    x, w = inputs(rng, 256, 32), rng.normal(size=(32, 3)).astype(np.float32)
+    method = Method(damping=1e-4, sweeps=30)
+    solution = solve(jnp.asarray(w), moments_of(x, x), method, bits=2, group_size=32, scales="mse")
+    best = values(solution, 2)
+    h = x.T.astype(np.float64) @ x + 1e-4 * np.eye(32) * np.mean((x**2).sum(0))
+
+    def cost(q):
+        return np.einsum("kn,kl,ln->n", w - q, h, w - q)
+
+    scales = np.asarray(solution.scales, np.float64)[:, 0]
+    for row, level in itertools.product(range(32), (-3, -1, 1, 3)):
+        other = best.copy()
+        other[row] = level * scales
+        assert (cost(other) >= cost(best) * (1 - 1e-4)).all()
+
+
+def test_inputs_of_the_packed_model_are_made_up_for():
+    rng = np.random.default_rng(1)
+    f, w = inputs(rng, 1024, 64), rng.normal(size=(64, 16)).astype(np.float32)
+    x = (f @ (np.eye(64) + 0.1 * rng.normal(size=(64, 64)) / 8)).astype(np.float32) * 0.9
+    moments = moments_of(x, f)
+
+    def error(cross):
+        method = Method(cross=cross)
+        found = solve(jnp.asarray(w), moments, method, bits=4, group_size=64, scales="mse")
+        return output_error(f, w, x, values(found, 4))
+
+    assert error(1.0) < 0.5 * error(0.0)
+
+
+def test_dead_and_constant_inputs():
+    rng = np.random.default_rng(2)
+    x, w = inputs(rng, 128, 64), rng.normal(size=(64, 8)).astype(np.float32)
+    x[:, :5], x[:, 7] = 0, 1
+    found = solve(
+        jnp.asarray(w), moments_of(x, x), Method(), bits=4, group_size=64, scales="absmax"
+    )
+    assert np.isfinite(np.asarray(found.scales, np.float32)).all()
+    assert output_error(x, w, x, values(found, 4)) < 0.02
+
+
+class Block(nnx.Module):
+    def __init__(self, width, rngs):
+        self.up = nnx.Linear(width, 2 * width, rngs=rngs)
+        self.gate = nnx.Linear(width, 2 * width, rngs=rngs)
+        self.down = nnx.Linear(2 * width, width, rngs=rngs)
+
+    def __call__(self, x, *, scale=1.0):
+        return x + scale * self.down(nnx.silu(self.gate(x)) * self.up(x)), x.sum()
+
+
+class Model(nnx.Module):
+    """A stem, blocks that give more than the next one takes, and a head."""
+
+    def __init__(self, width=64, blocks=3):
+        rngs = nnx.Rngs(0)
+        self.stem = nnx.Linear(32, width, rngs=rngs)
+        self.blocks = nnx.List([Block(width, rngs) for _ in range(blocks)])
+        self.head = nnx.Linear(width, 32, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        total = 0.0
+        for block in self.blocks:
+            x, part = block(x, scale=0.5)
+            total += part
+        return self.head(x) + 0 * total
+
+
+def batches(count=4, rows=128, width=32):
+    rng = np.random.default_rng(3)
+    return [jnp.asarray(inputs(rng, rows, width)) for _ in range(count)]
+
+
+def relative(a, b):
+    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        ap.Quantization(weights=3, activations=None, group_size=32),
+        ap.Quantization(weights=3, activations=None, rotate=True),
+        ap.Quantization(weights=4, activations=4, group_size=32),
+        ap.Quantization(weights=4, activations=8, act_scales="token", group_size=32),
+    ],
+    ids=str,
+)
+def test_models_keep_their_outputs(quantization):
+    rules = [("stem", ap.Quantization(weights=8)), ("**/head", None), ("**", quantization)]
+    data = batches()
+    exact = Model()(data[-1])
+    nearest = ap.quantize_model(Model(), rules)(data[-1])
+    model = Model()
+    progress = []
+    report = ap.calibrate_model(
+        model, rules, data[:-1], progress=lambda *step: progress.append(step)
+    )
+    assert relative(model(data[-1]), exact) < 0.9 * relative(nearest, exact)
+    assert progress == [(i, 10) for i in range(1, 11)]
+    assert [layer.path for layer in report.layers][:3] == [
+        "blocks/0/gate", "blocks/0/up", "blocks/0/down",
+    ]  # fmt: skip
+    assert all(layer.fallback is None and layer.error < 0.2 for layer in report.layers)
+    assert isinstance(model.head, nnx.Linear)
+    packed = model.blocks[0].up
+    assert isinstance(packed, ap.nnx.QuantLinear)
+    assert packed.kernel.get_value().scales.dtype == jnp.float16
+    jax.jit(lambda x: model(x))(data[0])
+    assert "blocks/2/down" in str(report)
+
+
+def test_the_same_again():
+    def weights():
+        report = ap.calibrate_model(Model(blocks=2), FLOAT, batches(2))
+        return jax.tree.leaves(nnx.state(report.model))
+
+    for a, b in zip(weights(), weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
