@@ -7,6 +7,7 @@ tiled, and other blocks rotated, by XLA in front of the call. Which kernel runs 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 
 from . import _native
 from . import format as fmt
+from .choose import has_cuda_code
 from .operands import absent, known_rows, output_columns, rotate, weight_bits
 from .tensor import group_count
 
@@ -90,18 +92,18 @@ def matmul(
     if columns is None:
         planes, scales = fmt.tile_planes(planes), fmt.tile_groups(scales)
         offsets = offsets if offsets.ndim == 1 else fmt.tile_groups(offsets)
-    splits = chosen["splits"]
+    parts = 0 if chosen["splits"] == 1 or chosen["clustered"] else chosen["splits"]
     results = (
         jax.ShapeDtypeStruct((m, n), p["out_dtype"]),
         jax.ShapeDtypeStruct((m, chosen["workspace_row_bytes"]), jnp.uint8),  # activations
-        jax.ShapeDtypeStruct((splits if splits > 1 else 0, m, n), jnp.float32),  # sums of parts
+        jax.ShapeDtypeStruct((parts, m, n), jnp.float32),  # to be added by a launch
     )
     call = jax.ffi.ffi_call("jax_anyprec_cuda_matmul", results)
     return call(
         x, planes, scales, offsets, bias, signs, peaks,
         act_bits=p["act_bits"] or 0, group_size=p["group_size"],
         act_group_size=p["act_group_size"], block=block,
-        method=chosen["method"], tile=chosen["tile"], splits=splits,
+        **{name: chosen[name] for name in ("method", "tile", "splits", "clustered", "quantizes")},
     )[0]  # fmt: skip
 
 
@@ -122,8 +124,10 @@ def plan(
     """The kernels for a product ``[rows, k] @ [k, n]``; `rows` is None where it is a symbol.
 
     Returns:
-      method ("planes", "codes" or "float"), tile, splits (parts that K is summed in), reason, and
-      workspace_row_bytes, the scratch memory for each row.
+      method ("planes", "codes" or "float"), tile, splits (parts that K is summed in), clustered
+      (they are added within the kernel, not by another launch), quantizes (each block does it with
+      the single row, not a launch before), reason, and workspace_row_bytes, the scratch memory for
+      each row.
 
     Raises:
       Unavailable: there is no extension, or it has no kernel for this product; the message says
@@ -139,6 +143,7 @@ def plan(
             group_size=group_size, act_group_size=act_group_size, x_dtype=np.dtype(x_dtype).name,
             rotated=rotated, integers=integers, arch=device["arch"],
             multiprocessors=device["multiprocessors"],
+            clusters=_has_clusters(device["arch"], module.architectures()),
             method=family.removeprefix("cuda").removeprefix("_"),
         )  # fmt: skip
     except ValueError as refusal:
@@ -154,6 +159,14 @@ def _device(module: Any, implementation: str | None) -> dict[str, Any]:
     if why is not None:
         raise _native.unavailable(implementation, why)
     return devices[0]
+
+
+def _has_clusters(arch: int, compiled: Iterable[str]) -> bool:
+    """Whether a GPU runs code for compute capability 9.0 or newer: with clusters of blocks, and
+    launches that begin early."""
+    return has_cuda_code(
+        arch, [name for name in compiled if int(name.partition("-")[0].rstrip("a")) >= 90]
+    )
 
 
 def _rotated(x: jax.Array, signs: jax.Array, block: int) -> tuple[jax.Array, jax.Array, int]:

@@ -16,17 +16,22 @@ from jax_anyprec import _native
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 OPTIONS = ("--expt-relaxed-constexpr",)
+H100 = {"arch": 90, "multiprocessors": 132, "clusters": True}
+A100 = {"arch": 80, "multiprocessors": 108, "clusters": False}
+
+Device = dict[str, Any]
 
 
 @functools.cache
-def text(source: str) -> str:
+def text(source: str, arch: int = 90) -> str:
     """The PTX of one file of kernels."""
-    return ptx.compile(SOURCES / f"{source}.cu", options=OPTIONS)
+    name = "sm_90a" if arch == 90 else f"sm_{arch}"
+    return ptx.compile(SOURCES / f"{source}.cu", arch=name, options=OPTIONS)
 
 
 @functools.cache
-def module(source: str) -> ptx.Module:
-    return ptx.load(text(source))
+def module(source: str, arch: int) -> ptx.Module:
+    return ptx.load(text(source, arch))
 
 
 def source_of(kernel: str) -> str:
@@ -35,16 +40,19 @@ def source_of(kernel: str) -> str:
     return "prologue" if family == "reduce" else family
 
 
-def run(launches: list[dict[str, Any]], memory: ptx.Memory) -> None:
+def run(launches: list[dict[str, Any]], memory: ptx.Memory, arch: int) -> None:
+    """Launches as `csrc/cuda/run.cu` does: before 9.0 none begins early."""
     for launch in launches:
         kernel = launch["kernel"]
-        module(source_of(kernel)).run(
+        module(source_of(kernel), arch).run(
             kernel,
             grid=(*launch["grid"], 1),
             block=(launch["threads"], 1, 1),
             params=launch["params"],
             shared=launch["shared"],
             memory=memory,
+            cluster=(*launch["cluster"], 1),
+            dependent=launch["dependent"] and arch >= 90,
         )
 
 
@@ -60,10 +68,11 @@ def _problem(
     }  # fmt: skip
 
 
-def plan(x: np.ndarray, w: ap.QuantizedTensor, act_bits: int | None) -> dict[str, Any]:
-    """The plan for an H100."""
+def plan(
+    x: np.ndarray, w: ap.QuantizedTensor, act_bits: int | None, device: Device = H100
+) -> dict[str, Any]:
     problem = _problem(x, w, act_bits, "group", False)
-    return _native.cuda().module.plan(**problem, arch=90, multiprocessors=132)
+    return _native.cuda().module.plan(**problem, **device)
 
 
 def matmul(
@@ -74,6 +83,9 @@ def matmul(
     tile: str | None,
     *,
     splits: int = 1,
+    clustered: bool = False,
+    quantizes: bool | None = None,
+    device: Device = H100,
     bias: np.ndarray | None = None,
     act_scales: str = "group",
     peaks: np.ndarray | None = None,
@@ -82,7 +94,8 @@ def matmul(
 ) -> np.ndarray:
     """``[M, N]``, or of given codes `x` and with `integers` ``int32[M, N, groups]``.
 
-    Without a `tile` it is the one that is planned for an H100.
+    Without a `tile` it is the one that is planned for the device. With `quantizes` a single row is
+    quantized by the product, else by a launch before; without, as planned.
     """
     m, (k, n) = len(x), w.shape
     w = w.prepare()
@@ -96,23 +109,29 @@ def matmul(
     shape = (m, n, w.groups) if integers else (m, n)
     problem = _problem(x, w, act_bits, act_scales, integers)
     extension = _native.cuda().module
-    planned = extension.plan(**problem, arch=90, multiprocessors=132, method=method)
+    planned = extension.plan(**problem, **device, method=method)
+    tile = tile or planned["tile"]
+    if quantizes is None:
+        quantizes = tile == planned["tile"] and planned["quantizes"]
+    in_parts = splits > 1 and not clustered
     results = {
         "out": memory.reserve(int(np.prod(shape)) * dtype.itemsize),
         "workspace": memory.reserve(m * planned["workspace_row_bytes"]),
-        "parts": memory.reserve(4 * splits * m * n) if splits > 1 else 0,
+        "parts": memory.reserve(4 * splits * m * n) if in_parts else 0,
     }
     dtypes = {
         f"{name}_dtype": "float32" if value is None else value.dtype.name
         for name, value in (("scale", w.scales), ("offset", w.offsets), ("bias", bias))
     }
     launches = extension.launches(
-        **problem, **dtypes, **results, method=method, tile=tile or planned["tile"], splits=splits,
+        **problem, **dtypes, **results, method=method, tile=tile, splits=splits,
+        clustered=clustered, quantizes=quantizes,
+        arch=device["arch"], multiprocessors=device["multiprocessors"],
         block=w.rotation.block if w.rotation else 0,
         out_dtype="float32" if integers else out_dtype,
         **{name: _place(memory, value) for name, value in operands.items()},
     )  # fmt: skip
-    run(launches, memory)
+    run(launches, memory, device["arch"])
     return memory.read(results["out"], dtype, shape)
 
 
@@ -130,7 +149,7 @@ def quantize(
         block=rotation.block if rotation else 0, x=_place(memory, x), signs=_place(memory, signs),
         codes=codes, scales=scales,
     )  # fmt: skip
-    run(launches, memory)
+    run(launches, memory, H100["arch"])
     return (
         memory.read(codes, np.uint8, (m, k)),
         memory.read(scales, np.float32, (m, groups)),

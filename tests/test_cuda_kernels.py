@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -81,6 +82,7 @@ def check_floats(
     act_scales: str = "group",
     block: int = 0,
     splits: int = 1,
+    **plan: Any,
 ) -> None:
     rng = np.random.default_rng(bits)
     rotation = ap.Rotation(block, seed=7) if block else None
@@ -89,7 +91,7 @@ def check_floats(
     b = rng.normal(size=shape.n).astype(jnp.dtype(dtype)) if bias else None
     found = cuda.matmul(
         x, w, act_bits, method, tile,
-        splits=splits, bias=b, act_scales=act_scales, out_dtype=out_dtype,
+        splits=splits, bias=b, act_scales=act_scales, out_dtype=out_dtype, **plan,
     )  # fmt: skip
     seen, turn = x.astype(np.float32), (block, 7) if block else None
     group = shape.group if act_scales == "group" else shape.k
@@ -234,26 +236,38 @@ def test_given_peaks_choose_the_scale() -> None:
 # --- few rows: weights are streamed where the plan says so ---
 
 
-def test_few_rows_are_planned_to_be_streamed() -> None:
-    for m in (1, 8, 16):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_few_rows_are_planned_to_be_streamed(dtype: str) -> None:
+    for m in range(1, 17):
         for k in (97, 4096):
             w, _ = weights(Shape(m, 64, k, k), 4)
-            for act_bits, dtype in ((1, "float32"), (8, "bfloat16"), (None, "bfloat16")):
-                if act_bits is None and m > 8:
-                    continue  # rows of floats don't fit in shared memory beside the weights
-                x = np.zeros((m, k), jnp.dtype(dtype))
-                assert cuda.plan(x, w, act_bits)["tile"] == "stream"
+            for act_bits in (1, 8, None):
+                planned = cuda.plan(np.zeros((m, k), jnp.dtype(dtype)), w, act_bits)
+                assert planned["tile"] == "stream"
+                assert planned["quantizes"] == (m == 1)
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_every_pair_of_bits_of_few_rows(bits: int) -> None:
-    # Each number of activation bits, and floats, with another number of rows; a single row is
-    # quantized in the kernel itself.
+    # Each number of activation bits, and floats, with two other numbers of rows.
     for act_bits in (*BITS, None):
         method = "float" if act_bits is None else "codes"
-        rows = (1, 1 + (3 * bits + 5 * (act_bits or 9)) % 16)
-        for m in rows:
-            check_floats(Shape(m, 35, 97, 97), act_bits, bits, method, None, bias=True)
+        for m in (1, 1 + (3 * bits + 5 * (act_bits or 9)) % 16, 9 + (bits + (act_bits or 0)) % 8):
+            check_floats(
+                Shape(m, 35, 97, 97), act_bits, bits, method, None, bias=True, x_dtype="bfloat16"
+            )
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 9, 16])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_floats_of_several_parts(dtype: str, m: int) -> None:
+    # Blocks of 32 or of 64 columns, the last of which has one tile.
+    for bits in range(1 + m % 2, 9, 2):
+        k = 192 if bits == 5 else 161
+        check_floats(
+            Shape(m, 69, k, k), None, bits, "float", None,
+            x_dtype=dtype, offsets=bits == 3, block=64 * (bits == 5),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("m", [1, 2, 8, 9, 16])
@@ -275,15 +289,40 @@ def test_few_rows_in_groups(method: str, act_bits: int | None, m: int) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("m", [1, 5, 16])
 @pytest.mark.parametrize(("method", "act_bits"), [("codes", 8), ("float", None)])
-def test_few_rows_with_k_in_parts(method: str, act_bits: int | None, m: int) -> None:
+@pytest.mark.parametrize("device", [cuda.A100, cuda.H100], ids=["A100", "H100"])
+def test_few_rows_with_k_in_parts(
+    device: cuda.Device, method: str, act_bits: int | None, m: int
+) -> None:
     for splits, k, group in ((2, 2100, 2100), (3, 2112, 96), (4, 512, 64)):
-        for offsets in (False, True):
-            check_floats(
-                Shape(m, 37, k, group), act_bits, 4, method, None,
-                splits=splits, offsets=offsets, bias=True, out_dtype="bfloat16",
-            )  # fmt: skip
+        check_floats(
+            Shape(m, 37, k, group), act_bits, 4, method, None, splits=splits, device=device,
+            offsets=splits == 3, bias=True, out_dtype="bfloat16", x_dtype="bfloat16",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("m", [1, 3, 16])
+@pytest.mark.parametrize("splits", [2, 4, 8])
+@pytest.mark.parametrize(("method", "act_bits"), [("codes", 8), ("float", None)])
+def test_clusters_add_up(method: str, act_bits: int | None, splits: int, m: int) -> None:
+    # The last case has more warps than stages: some blocks of the cluster add nothing.
+    for bits, k, group in ((2, 2100, 2100), (3, 1056, 96), (8, 64, 64)):
+        check_floats(
+            Shape(m, 69, k, group), act_bits, bits, method, None, splits=splits, clustered=True,
+            offsets=bits == 3, bias=True, out_dtype="bfloat16", x_dtype="bfloat16",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "act_bits"), [("codes", 8), ("float", None)])
+@pytest.mark.parametrize("device", [cuda.A100, cuda.H100], ids=["A100", "H100"])
+def test_a_row_may_be_quantized_by_a_launch_before(
+    device: cuda.Device, method: str, act_bits: int | None
+) -> None:
+    for quantizes in (False, True):
+        check_floats(
+            Shape(1, 35, 800, 800), act_bits, 3, method, None, quantizes=quantizes, device=device
+        )
 
 
 def test_a_row_too_long_to_be_quantized_beside_the_weights() -> None:
@@ -338,12 +377,53 @@ def test_rows_longer_than_registers_hold() -> None:
 def test_a_missing_wait_would_be_found(
     method: str, wrong: str, right: str, fault: type[ptx.Fault], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = re.sub(right, wrong, cuda.text(method))
-    assert broken != cuda.text(method)
-    whole = ptx.load(broken)
-    modules = {method: whole, "prologue": cuda.module("prologue")}
-    monkeypatch.setattr(cuda, "module", modules.__getitem__)
+    replace_text(monkeypatch, method, lambda text: re.sub(right, wrong, text))
     with pytest.raises(fault):
         check_floats(
             Shape(6, 37, 1500, 1500), None if method == "float" else 2, 2, method, "narrow"
         )
+
+
+@pytest.mark.parametrize(
+    ("source", "tile", "splits"),
+    [("codes", "narrow", 1), ("stream", "stream", 1), ("prologue", "narrow", 2)],
+)
+def test_a_launch_that_does_not_wait_would_be_found(
+    source: str, tile: str, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of "prologue" it is the launch that adds parts.
+    replace_text(monkeypatch, source, lambda text: text.replace("griddepcontrol.wait;", ""))
+    with pytest.raises(ptx.DependencyHazard):
+        check_floats(Shape(6, 37, 1500, 1500), 8, 2, "codes", tile, splits=splits)
+
+
+@pytest.mark.parametrize("barrier", [0, 1])
+def test_a_missing_barrier_of_a_cluster_would_be_found(
+    barrier: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before blocks read each other's sums, and the one before they end."""
+
+    def without(text: str) -> str:
+        start = text.index(".entry anyprec_stream_codes_w2_n32")
+        for word in ("arrive.release", "wait.acquire"):
+            places = re.compile(rf"barrier\.cluster\.{re.escape(word)}\.aligned;")
+            first, last = list(places.finditer(text, start))[:2]
+            found = (first, last)[barrier]
+            text = text[: found.start()] + text[found.end() :]
+        return text
+
+    replace_text(monkeypatch, "stream", without)
+    with pytest.raises((ptx.ClusterHazard, ptx.SharedHazard)):
+        check_floats(Shape(3, 37, 2048, 2048), 8, 2, "codes", "stream", splits=2, clustered=True)
+
+
+def replace_text(
+    monkeypatch: pytest.MonkeyPatch, source: str, change: Callable[[str], str]
+) -> None:
+    """Other text for one file of kernels."""
+    broken = change(cuda.text(source))
+    assert broken != cuda.text(source)
+    changed, original = ptx.load(broken), cuda.module
+    monkeypatch.setattr(
+        cuda, "module", lambda name, arch: changed if name == source else original(name, arch)
+    )

@@ -27,6 +27,7 @@ import jax_anyprec as ap
 from jax_anyprec import _native, choose, local_cuda
 
 CHECKS = [export.DisabledSafetyCheck.custom_call(name) for name in ap.CUSTOM_CALLS]
+A100 = {"name": "NVIDIA A100", "arch": 80, "multiprocessors": 108}
 H100 = {"name": "NVIDIA H100", "arch": 90, "multiprocessors": 132}
 B200 = {"name": "NVIDIA B200", "arch": 100, "multiprocessors": 148}
 T4 = {"name": "Tesla T4", "arch": 75, "multiprocessors": 40}
@@ -80,8 +81,11 @@ def calls_of(text: str) -> list[Call]:
         return re.findall(r"tensor<([^>]*)>", side)
 
     def attributes_of(text: str) -> dict[str, Any]:
-        pairs = re.findall(r'(\w+) = (?:"(\w*)"|(-?\d+) : i64)', text)
-        return {name: string or int(number or 0) for name, string, number in pairs}
+        pairs = re.findall(r'(\w+) = (?:"(\w*)"|(-?\d+) : i64|(true|false))', text)
+        return {
+            name: truth == "true" if truth else string or int(number or 0)
+            for name, string, number, truth in pairs
+        }
 
     return [
         Call(name, attributes_of(config), types_of(operands), types_of(results))
@@ -122,7 +126,7 @@ def rows(m: int, k: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
 
 def planned(module: Any, **problem: Any) -> dict[str, Any]:
     """The plan for a default machine."""
-    usual = {"x_dtype": "float32", "rotated": False, "integers": False}
+    usual = {"x_dtype": "float32", "rotated": False, "integers": False, "clusters": True}
     return module.plan(**{**usual, **local_cuda.DEFAULT_DEVICE, **problem})
 
 
@@ -142,20 +146,43 @@ def test_a_product_is_one_call_as_planned(
     assert call.name == "cuda_matmul"
     assert call.attributes == {
         "act_bits": a_bits or 0, "group_size": k, "act_group_size": k, "block": 0,
-        "method": plan["method"], "tile": plan["tile"], "splits": plan["splits"],
+        **{name: plan[name] for name in ("method", "tile", "splits", "clustered", "quantizes")},
     }  # fmt: skip
     assert call.operands == [
         f"{m}x{k}xf32", f"3x62x{w_bits}x32xui32", "3x1x32xf32", "0xf32", "0xf32", "0xui32", "0xf32",
     ]  # fmt: skip
-    parts = plan["splits"] if plan["splits"] > 1 else 0
+    parts = 0 if plan["clustered"] or plan["splits"] == 1 else plan["splits"]
     workspace = f"{m}x{plan['workspace_row_bytes']}xui8"
     assert call.results == [f"{m}x{n}xf32", workspace, f"{parts}x{m}x{n}xf32"]
 
 
-def test_a_long_product_is_split(cuda: Any) -> None:
-    call = call_of(lambda x, w: ap.matmul(x, w, act_bits=8), rows(1, 16384), packed(64, 16384, 4))
-    assert call.attributes["splits"] > 1
-    assert call.results[2] == f"{call.attributes['splits']}x1x64xf32"
+def test_a_long_product_is_split(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster of blocks adds the parts where there are clusters, in the chip and in its code."""
+    for devices, compiled, clustered in (
+        ([], COMPILED, True), ([H100], COMPILED, True), ([B200], COMPILED, True),
+        ([A100], COMPILED, False), ([H100], ["80-real", "80-virtual"], False),
+    ):  # fmt: skip
+        monkeypatch.setattr(cuda, "devices", lambda devices=devices: devices)
+        monkeypatch.setattr(cuda, "architectures", lambda compiled=compiled: compiled)
+        run = lambda x, w: ap.matmul(x, w, act_bits=8)  # noqa: E731
+        call = call_of(run, rows(1, 16384), packed(64, 16384, 4))
+        assert call.attributes["splits"] > 1
+        assert call.attributes["clustered"] == clustered
+        parts = 0 if clustered else call.attributes["splits"]
+        assert call.results[2] == f"{parts}x1x64xf32"
+
+
+@pytest.mark.parametrize("quantizes", [False, True])
+def test_who_quantizes_a_row_is_in_the_plan(
+    cuda: Any, quantizes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a benchmark compares both by changing the plan."""
+    plan = local_cuda.plan
+    monkeypatch.setattr(
+        local_cuda, "plan", lambda *a, **kw: {**plan(*a, **kw), "quantizes": quantizes}
+    )
+    call = call_of(lambda x, w: ap.matmul(x, w, act_bits=8), rows(1, 4096), packed(64, 4096, 4))
+    assert call.attributes["quantizes"] == quantizes
 
 
 @pytest.mark.parametrize("prepared", [False, True])
@@ -303,7 +330,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     original = jax.ffi.ffi_call
 
     def ffi_call(name: str, results: Any) -> Any:
-        def run(*operands: Any, tile: str, method: str, splits: int = 1, **attributes: Any) -> Any:
+        def run(*operands: Any, method: str, **attributes: Any) -> Any:
+            for only_cuda in ("tile", "splits", "clustered", "quantizes"):
+                attributes.pop(only_cuda, None)
             m, k = operands[0].shape
             groups = [
                 attributes.get(key, attributes["group_size"])

@@ -138,7 +138,8 @@ def launch(method: str, bits: int, tile: str) -> dict[str, object]:
     all_launches = _cuda.launches(
         rows=64, n=64, k=512, act_bits=0 if method == "float" else 2, weight_bits=bits,
         group_size=512, act_group_size=512, x_dtype="float32", rotated=False, integers=False,
-        method=method, tile=tile, splits=1, block=0, **addresses, **dtypes,
+        method=method, tile=tile, splits=1, clustered=False, quantizes=False, arch=90,
+        multiprocessors=132, block=0, **addresses, **dtypes,
     )  # fmt: skip
     return next(one for one in all_launches if one["kernel"] == kernel(method, bits, tile))
 
@@ -189,7 +190,7 @@ def test_no_planes_without_1_bit_tensor_cores(arch: str) -> None:
         _cuda.plan(
             rows=64, n=64, k=512, act_bits=1, weight_bits=1, group_size=512, act_group_size=512,
             x_dtype="float32", rotated=False, integers=False, arch=int(arch.rstrip("af")),
-            multiprocessors=100, method="planes",
+            multiprocessors=100, clusters=True, method="planes",
         )  # fmt: skip
 
 
@@ -203,16 +204,54 @@ def test_products_are_of_tensor_cores(arch: str, method: str) -> None:
         assert not inside & {"POPC", "CALL"}, f"{name} is emulated: {sorted(inside)}"
 
 
+def streams(*bits: int) -> list[str]:
+    """The kernels of few rows for these numbers of bits."""
+    return [
+        f"anyprec_stream_{method}_w{b}_n{columns}"
+        for method in ("codes", "float")
+        for b in bits
+        for columns in (32, 64)
+    ]
+
+
+def begins_early(arch: str) -> bool:
+    """Whether code has dependent launches and clusters."""
+    return int(arch.rstrip("af")) >= 90
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_few_rows_spill_nothing(arch: str) -> None:
+    for name in streams(*range(1, _cuda.MAX_BITS + 1)):
+        use = usage(arch)[name]
+        assert not use.stack, name
+        assert use.registers * 2 * 256 <= REGISTERS, name  # two blocks of 256 threads
+
+
 @pytest.mark.parametrize("arch", architectures())
 def test_few_rows_are_read_with_wide_copies(arch: str) -> None:
-    names = [f"anyprec_stream_{m}_w{b}_m8" for m in ("codes", "float") for b in (1, 4, 8)]
-    for name, opcodes in instructions(arch, *names).items():
-        assert not usage(arch)[name].stack, name
-        assert usage(arch)[name].registers <= 128, name  # two blocks of 256 threads
+    for name, opcodes in instructions(arch, *streams(1, 4, 8)).items():
         assert TENSOR_CORES[name.split("_")[2]] in {opcode.split(".")[0] for opcode in opcodes}
         copies = [opcode for opcode in opcodes if opcode.startswith("LDGSTS")]
-        assert copies, name
-        assert all(".128" in opcode for opcode in copies), (name, copies)
+        assert all(".128" in opcode and ".BYPASS" in opcode for opcode in copies), (name, copies)
+        assert any(".LTC256B" in opcode for opcode in copies), (name, copies)  # weights
+
+
+EARLY = {
+    "anyprec_prologue_codes": {"PREEXIT"},
+    "anyprec_codes_w3_narrow": {"ACQBULK", "PREEXIT"},
+    "anyprec_float_w3_whole": {"ACQBULK", "PREEXIT"},
+    "anyprec_reduce": {"ACQBULK"},
+    **{name: {"ACQBULK", "PREEXIT", "UCGABAR_ARV", "UCGABAR_WAIT"} for name in streams(2, 3)},
+}
+"""Instructions that let the next launch begin, wait for the one before, and meet in a cluster."""
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_launches_begin_early_and_blocks_meet(arch: str) -> None:
+    every = set().union(*EARLY.values())
+    for name, opcodes in instructions(arch, *EARLY).items():
+        used = {opcode.split(".")[0] for opcode in opcodes} & every
+        assert used == (EARLY[name] if begins_early(arch) else set()), name
 
 
 @pytest.mark.parametrize(("arch", "method"), launched())

@@ -26,15 +26,22 @@ struct Stage {
   }
 };
 
-// Adds the products of a strip, whose operand is lo and hi of both columns, by half `odd` of the
-// lanes' values of each slice.
+// Lo and hi of both columns of a strip, as instructions take them.
+struct Operand {
+  uint32_t w[4];
+
+  __device__ Operand(const uint32_t (&lo)[2], const uint32_t (&hi)[2])
+      : w{lo[0], lo[1], hi[0], hi[1]} {}
+};
+
+// Adds the products of a strip by half `odd` of the lanes' values of each slice.
 template <typename Mma, typename Value, int kSlices>
-__device__ inline void multiply_strip(const Mma& mma, Value (&t)[kSlices][4],
-                                      const uint32_t (&lo)[2], const uint32_t (&hi)[2],
+__device__ inline void multiply_strip(const Mma& mma, Value (&t)[kSlices][4], const Operand& operand,
                                       const uint4 (&x)[kSlices], int odd) {
-  const uint32_t w[4] = {lo[0], lo[1], hi[0], hi[1]};
 #pragma unroll
-  for (int s = 0; s < kSlices; ++s) mma(t[s], w, odd ? x[s].z : x[s].x, odd ? x[s].w : x[s].y);
+  for (int s = 0; s < kSlices; ++s) {
+    mma(t[s], operand.w, odd ? x[s].z : x[s].x, odd ? x[s].w : x[s].y);
+  }
 }
 
 // --- 8-bit codes: exact sums of signed bytes by unsigned codes ---
@@ -45,15 +52,16 @@ struct CodesEngine {
 
   Value t[kStrips][kSlices][4];
 
+  // The weights of a strip in word `word` of a block.
   template <typename Stage>
-  __device__ void multiply(int q, const Stage& stage, const uint4 (&x)[kSlices], int word) {
-#pragma unroll
-    for (int i = 0; i < kStrips; ++i) {
-      uint32_t lo[2], hi[2];
-      read_quads<kBits, 0>(
-          q, [&](int field) { return stage.columns(word * kBits + field, i); }, lo, hi);
-      multiply_strip(mma_bytes, t[i], lo, hi, x, word);
-    }
+  __device__ static Operand weights(int q, const Stage& stage, int strip, int word) {
+    uint32_t lo[2], hi[2];
+    read_quads<kBits, 0>(
+        q, [&](int field) { return stage.columns(word * kBits + field, strip); }, lo, hi);
+    return {lo, hi};
+  }
+  __device__ void multiply(int strip, const Operand& w, const uint4 (&x)[kSlices], int word) {
+    multiply_strip(mma_bytes, t[strip], w, x, word);
   }
 };
 
@@ -94,30 +102,33 @@ __device__ inline uint32_t odd_integers(uint32_t quad, int odd) {
   }
 }
 
+template <int kBits>
+__device__ inline Operand bfloat_operand(const uint32_t (&quads)[2]) {
+  const uint32_t even[2] = {odd_integers<kBits>(quads[0], 0), odd_integers<kBits>(quads[1], 0)};
+  const uint32_t odd[2] = {odd_integers<kBits>(quads[0], 1), odd_integers<kBits>(quads[1], 1)};
+  return {even, odd};
+}
+
 template <int kBits, int kStrips, int kSlices>
 struct FloatEngine {
   using Value = float;
+  struct Operands {
+    Operand half[2];
+  };
 
   Value t[kStrips][kSlices][4];
 
+  // The weights of a strip; blocks have one word.
   template <typename Stage>
-  __device__ void multiply(int q, const Stage& stage, const uint4 (&x)[kSlices], int) {
+  __device__ static Operands weights(int q, const Stage& stage, int strip, int) {
+    uint32_t quads[2][2];
+    read_quads<kBits, (kBits <= 6)>(
+        q, [&](int field) { return stage.columns(field, strip); }, quads[0], quads[1]);
+    return {bfloat_operand<kBits>(quads[0]), bfloat_operand<kBits>(quads[1])};
+  }
+  __device__ void multiply(int strip, const Operands& w, const uint4 (&x)[kSlices], int) {
 #pragma unroll
-    for (int i = 0; i < kStrips; ++i) {
-      uint32_t quads[2][2];
-      read_quads<kBits, (kBits <= 6)>(
-          q, [&](int field) { return stage.columns(field, i); }, quads[0], quads[1]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        uint32_t even[2], odd[2];
-#pragma unroll
-        for (int column = 0; column < 2; ++column) {
-          even[column] = odd_integers<kBits>(quads[h][column], 0);
-          odd[column] = odd_integers<kBits>(quads[h][column], 1);
-        }
-        multiply_strip(mma_bfloat, t[i], even, odd, x, h);
-      }
-    }
+    for (int h = 0; h < 2; ++h) multiply_strip(mma_bfloat, t[strip], w.half[h], x, h);
   }
 };
 
@@ -139,10 +150,9 @@ struct PlanesEngine {
         read_planes(stage, 8 * step + q + 4, i, hi);
 #pragma unroll
         for (int j = 0; j < kBits; ++j) {
-          multiply_strip(mma_and_popcount, counts[j][i], lo[j], hi[j], x, step);
-          if (!count_ones) continue;
-          const uint32_t w[4] = {lo[j][0], lo[j][1], hi[j][0], hi[j][1]};
-          mma_and_popcount(ones[j][i], w, ~0u, ~0u);
+          const Operand w(lo[j], hi[j]);
+          multiply_strip(mma_and_popcount, counts[j][i], w, x, step);
+          if (count_ones) mma_and_popcount(ones[j][i], w.w, ~0u, ~0u);
         }
       }
     }

@@ -2,6 +2,8 @@
 // multiplies them, and scales are applied in registers. Results are written once.
 #pragma once
 
+#include <type_traits>
+
 #include "engines.cuh"
 #include "epilogue.cuh"
 
@@ -60,16 +62,17 @@ class Loader {
     values_ = reinterpret_cast<const uint4*>(p.payload) + int64_t{origin.m} * kBlockPieces;
   }
 
+  // Starts the copies of the first blocks. Their weights don't depend on the launch before.
+  __device__ void begin() {
+    Loader weights = *this;
+    for (int i = 0; i < Config::kStages - 1; ++i) weights.start<true, false>(i);
+    wait_for_launch_before();
+    for (int i = 0; i < Config::kStages - 1; ++i) start<false, true>(i), commit_copies();
+  }
+
   // Starts the copies of the next block, if there is one. Ends a group of copies in any case, so
   // that groups are counted like blocks.
-  __device__ void start(int stage) {
-    if (pass_ < p_.passes && first_ < last_) {
-      copy_weights(to_ + stage * Config::kStageBytes);
-      copy_values(to_ + stage * Config::kStageBytes);
-      if (++block_ == last_) block_ = first_, ++pass_;
-    }
-    commit_copies();
-  }
+  __device__ void next(int stage) { start<true, true>(stage), commit_copies(); }
 
  private:
   static constexpr int kBits = Config::kBits, kWords = Config::kWords;
@@ -80,6 +83,14 @@ class Loader {
   static constexpr int kBlockPieces = kBlockBytes / 16;
   static_assert(Config::kThreads % kRowPieces == 0);
   static_assert(Config::kMethod != Method::kPlanes || kWords % kRowStep == 0);
+
+  template <bool kWeights, bool kActivations>
+  __device__ void start(int stage) {
+    if (pass_ >= p_.passes || first_ >= last_) return;
+    if (kWeights) copy_weights(to_ + stage * Config::kStageBytes);
+    if (kActivations) copy_values(to_ + stage * Config::kStageBytes);
+    if (++block_ == last_) block_ = first_, ++pass_;
+  }
 
   // Rows of shared memory are fields of words, as in tiles; for planes words of fields.
   __device__ void copy_weights(uint8_t* to) const {
@@ -133,14 +144,15 @@ __device__ inline void for_blocks(const Gemm& p, const TileOrigin& origin, uint8
                                   int first, int last, const Step& step,
                                   const NextPass& next_pass) {
   Loader<Config> loader(p, origin, shared, first, last);
-  for (int stage = 0; stage < Config::kStages - 1; ++stage) loader.start(stage);
+  loader.begin();
+  begin_next_launch();  // all that runs later adds parts
   int stage = 0, ahead = Config::kStages - 1;
   for (int pass = 0; pass < p.passes; ++pass) {
     if (pass > 0) next_pass();
     for (int block = first; block < last; ++block) {
       wait_copies<Config::kStages - 2>();
       __syncthreads();  // all copies are visible, and nobody reads the stage that is next written
-      loader.start(ahead);
+      loader.next(ahead);
       step(shared + stage * Config::kStageBytes, block, pass);
       stage = stage + 1 == Config::kStages ? 0 : stage + 1;
       ahead = ahead + 1 == Config::kStages ? 0 : ahead + 1;
@@ -173,6 +185,15 @@ template <int kSlices, typename Stage>
 __device__ inline void read_values(const Stage& stage, uint4 (&x)[kSlices]) {
 #pragma unroll
   for (int s = 0; s < kSlices; ++s) x[s] = stage.values(s);
+}
+
+template <typename Engine, typename Stage, int kSlices>
+__device__ inline void multiply(Engine& engine, int q, const Stage& stage,
+                                const uint4 (&x)[kSlices], int word) {
+#pragma unroll
+  for (int i = 0; i < std::extent_v<decltype(engine.t)>; ++i) {
+    engine.multiply(i, Engine::weights(q, stage, i, word), x, word);
+  }
 }
 
 template <typename T, int kStrips, int kSlices>
@@ -254,7 +275,7 @@ __device__ inline void gemm_grouped(const Gemm& p, uint8_t* shared) {
         read_values(stage, x);
 #pragma unroll
         for (int i = 0; i < Config::kWords; ++i) {
-          engine.multiply(lane.q, stage, x, i);
+          multiply(engine, lane.q, stage, x, i);
           int word = block * Config::kWords + i, group = word / p.group_words;
           bool ends = (word + 1) % p.group_words == 0 || word + 1 == p.words;
           // The group's sum of activations counts once.
@@ -306,7 +327,7 @@ __device__ inline void gemm_whole(const Gemm& p, uint8_t* shared) {
         uint4 x[kShape.slices];
         read_values(stage, x);
 #pragma unroll
-        for (int i = 0; i < Config::kWords; ++i) engine.multiply(lane.q, stage, x, i);
+        for (int i = 0; i < Config::kWords; ++i) multiply(engine, lane.q, stage, x, i);
       },
       [] {});
   finish<Config>(p, lane.place(origin), act_unit(p.act_bits),

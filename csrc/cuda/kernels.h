@@ -38,13 +38,13 @@
   X(anyprec_prologue_given_planes, kPlanes, true)   \
   X(anyprec_prologue_given_codes, kCodes, true)
 
-// Calls X(name, method, bits, slices) for the kernels of few rows: up to 8, or up to 16.
+// Calls X(name, method, bits, tiles) for the kernels of few rows: blocks of 32 or of 64 columns.
 #define ANYPREC_STREAM_CODES(X, bits)                      \
-  X(anyprec_stream_codes_w##bits##_m8, kCodes, bits, 1)    \
-  X(anyprec_stream_codes_w##bits##_m16, kCodes, bits, 2)
+  X(anyprec_stream_codes_w##bits##_n32, kCodes, bits, 1)   \
+  X(anyprec_stream_codes_w##bits##_n64, kCodes, bits, 2)
 #define ANYPREC_STREAM_FLOAT(X, bits)                      \
-  X(anyprec_stream_float_w##bits##_m8, kFloat, bits, 1)    \
-  X(anyprec_stream_float_w##bits##_m16, kFloat, bits, 2)
+  X(anyprec_stream_float_w##bits##_n32, kFloat, bits, 1)   \
+  X(anyprec_stream_float_w##bits##_n64, kFloat, bits, 2)
 #define ANYPREC_STREAMS(X) \
   ANYPREC_ALL_BITS(ANYPREC_STREAM_CODES, X) ANYPREC_ALL_BITS(ANYPREC_STREAM_FLOAT, X)
 

@@ -20,9 +20,9 @@ constexpr GemmKernel kGemms[] = {ANYPREC_GEMMS(ANYPREC_GEMM_LINE)};
 
 struct StreamKernel {
   Method method;
-  int bits, slices;
+  int bits, tiles;
 };
-#define ANYPREC_STREAM_LINE(name, method, bits, slices) {Method::method, bits, slices},
+#define ANYPREC_STREAM_LINE(name, method, bits, tiles) {Method::method, bits, tiles},
 constexpr StreamKernel kStreams[] = {ANYPREC_STREAMS(ANYPREC_STREAM_LINE)};
 
 // What a prologue makes, as `Output` of prologue.cuh.
@@ -47,11 +47,10 @@ Kernel gemm_kernel(Method method, int bits, Tile tile) {
                               ", tile " + name_of(tile));
 }
 
-Kernel stream_kernel(Method method, int bits, int64_t rows) {
-  int slices = rows <= 8 ? 1 : 2;
+Kernel stream_kernel(Method method, int bits, int tiles) {
   for (size_t i = 0; i < std::size(kStreams); ++i) {
     const StreamKernel& s = kStreams[i];
-    if (s.method == method && s.bits == bits && s.slices == slices) {
+    if (s.method == method && s.bits == bits && s.tiles == tiles) {
       return static_cast<Kernel>(kFirstStream + i);
     }
   }
@@ -84,6 +83,8 @@ Launch make_launch(Kernel kernel, int64_t grid_x, int64_t grid_y, int threads, i
            {static_cast<uint32_t>(grid_x), static_cast<uint32_t>(grid_y)},
            static_cast<uint32_t>(threads),
            static_cast<uint32_t>(shared),
+           1,
+           false,
            sizeof(Params),
            {}};
   std::memcpy(l.params, &params, sizeof(Params));
@@ -122,18 +123,48 @@ Launch gemm_launch(const Problem& p, const Plan& plan, const Gemm& gemm) {
                      shape.threads(), shared_bytes(plan.method, p.weight_bits, shape), gemm);
 }
 
-// The launch of a product of few rows. A single row is quantized in it, if that fits.
-Launch stream_launch(const Problem& p, const Plan& plan, const Gemm& gemm,
-                     const Prologue& prologue, bool& quantize) {
-  int passes = gemm.passes, m = static_cast<int>(p.m);
-  int64_t stages = stream_stages_bytes(plan.method, p.weight_bits, passes, m, true);
-  int64_t row = quantized_row_bytes(layout_of(plan.method, p), p.k, gemm.act_groups, gemm.groups);
-  quantize = p.m == 1 && stages + row <= kSharedBytes;
-  int64_t shared = quantize ? stages + row
-                            : stream_stages_bytes(plan.method, p.weight_bits, passes, m, false);
-  Stream params{gemm, prologue, quantize, static_cast<int32_t>(stages)};
-  return make_launch(stream_kernel(plan.method, p.weight_bits, p.m), tiles(p.n), plan.splits,
-                     32 * kStreamWarps, shared, params);
+// Shared memory of a multiprocessor (CUDA C++ Programming Guide, table of compute capabilities), of
+// which each block takes 1 KiB more than it asks for.
+int64_t multiprocessor_bytes(int arch) {
+  if (arch == 80 || arch == 87) return 164 * 1024;
+  if (arch >= 90 && arch < 120) return 228 * 1024;
+  return 100 * 1024;
+}
+
+// Stages of each warp: as many as leave room for a second block on the multiprocessor, if there is
+// one and both together have more copies under way than one block with all it can get.
+int stream_stages(int64_t stage, int64_t row, int64_t blocks, const Device& device) {
+  int64_t half = std::min<int64_t>(kSharedBytes, multiprocessor_bytes(device.arch) / 2 - 1024);
+  int64_t stages = (kSharedBytes - row) / stage, shared = (half - row) / stage;
+  if (blocks > device.multiprocessors && 2 * (shared - 1) >= stages - 1) stages = shared;
+  return static_cast<int>(std::min<int64_t>(stages, kMostStreamStages));
+}
+
+Launch stream_launch(const Problem& p, const Plan& plan, const Device& device, const Gemm& gemm,
+                     const Prologue& prologue) {
+  int m = static_cast<int>(p.m), tiles_of_block = stream_tiles(gemm.passes, m);
+  int64_t stage = stream_stage_bytes(plan.method, p.weight_bits, gemm.passes, m, plan.quantizes);
+  int64_t row = !plan.quantizes ? 0
+                                : quantized_row_bytes(layout_of(plan.method, p), p.k,
+                                                      gemm.act_groups, gemm.groups);
+  int64_t columns = ceil_div(tiles(p.n), tiles_of_block);
+  int stages = stream_stages(stage, row, columns * plan.splits, device);
+  int64_t sums = 4 * kStreamWarps * stream_sums(tiles_of_block);
+  auto quantize_at = static_cast<int32_t>(stages * stage);
+  Stream params{gemm, prologue, plan.quantizes, plan.clustered, quantize_at, stages};
+  Launch launch = make_launch(stream_kernel(plan.method, p.weight_bits, tiles_of_block),
+                              columns, plan.splits, 32 * kStreamWarps,
+                              std::max(stages * stage + row, sums), params);
+  if (plan.clustered) launch.cluster = plan.splits;
+  return launch;
+}
+
+Launch reduce_launch(const Problem& p, const Plan& plan, const Buffers& b) {
+  Reduce reduce{b.parts,     b.bias,      b.out,
+                b.bias_dtype, b.out_dtype, plan.splits,
+                static_cast<int32_t>(p.n), p.m * p.n};
+  return make_launch(Kernel::anyprec_reduce, ceil_div(reduce.count, 4 * kReduceThreads), 1,
+                     kReduceThreads, 0, reduce);
 }
 
 void check_sizes(const Problem& p) {
@@ -164,7 +195,8 @@ std::vector<Launch> quantize_launches(const Problem& p, const void* x, const uin
   return {prologue_launch(p, Output::kPlain, params)};
 }
 
-std::vector<Launch> matmul_launches(const Problem& p, const Plan& plan, const Buffers& b) {
+std::vector<Launch> matmul_launches(const Problem& p, const Plan& plan, const Device& device,
+                                    const Buffers& b) {
   check_sizes(p);
   if (p.m == 0 || p.n == 0) return {};
   Layout layout = layout_of(plan.method, p);
@@ -190,7 +222,8 @@ std::vector<Launch> matmul_launches(const Problem& p, const Plan& plan, const Bu
   gemm.payload = b.workspace;
   gemm.act_scales = prologue.scales;
   gemm.act_sums = b.workspace + p.m * layout.sums;
-  gemm.out = plan.splits == 1 ? b.out : b.parts;
+  bool in_parts = plan.splits > 1 && !plan.clustered;
+  gemm.out = in_parts ? b.parts : b.out;
   gemm.scale_dtype = b.scale_dtype;
   gemm.offset_dtype = b.offset_dtype;
   gemm.bias_dtype = b.bias_dtype;
@@ -209,22 +242,11 @@ std::vector<Launch> matmul_launches(const Problem& p, const Plan& plan, const Bu
   gemm.integers = p.integers;
 
   std::vector<Launch> launches;
-  if (plan.tile == Tile::kStream) {
-    bool quantize;
-    Launch product = stream_launch(p, plan, gemm, prologue, quantize);
-    if (!quantize) launches.push_back(prologue_launch(p, output, prologue));
-    launches.push_back(product);
-  } else {
-    launches.push_back(prologue_launch(p, output, prologue));
-    launches.push_back(gemm_launch(p, plan, gemm));
-  }
-  if (plan.splits == 1) return launches;
-  Reduce reduce{b.parts,    b.bias,      b.out,
-                b.bias_dtype, b.out_dtype, plan.splits,
-                static_cast<int32_t>(p.n), p.m * p.n};
-  launches.push_back(make_launch(Kernel::anyprec_reduce,
-                                 ceil_div(reduce.count, 4 * kReduceThreads), 1, kReduceThreads, 0,
-                                 reduce));
+  if (!plan.quantizes) launches.push_back(prologue_launch(p, output, prologue));
+  launches.push_back(plan.tile == Tile::kStream ? stream_launch(p, plan, device, gemm, prologue)
+                                                : gemm_launch(p, plan, gemm));
+  if (in_parts) launches.push_back(reduce_launch(p, plan, b));
+  for (size_t i = 1; i < launches.size(); ++i) launches[i].dependent = true;
   return launches;
 }
 

@@ -20,6 +20,8 @@ struct Launch {
   uint32_t grid[2];
   uint32_t threads;
   uint32_t shared_bytes;
+  uint32_t cluster;  // blocks of a column of the grid that are a cluster; 1 for none
+  bool dependent;    // it may begin before the last one ends, for which it waits itself (ptx.cuh)
   size_t param_bytes;
   alignas(16) std::byte params[256];  // the kernel's only parameter
 };
@@ -35,13 +37,14 @@ struct Buffers {
   const float* peaks;
   void* out;
   uint8_t* workspace;  // layout_of(...).row_bytes for each row
-  float* parts;        // [splits][m][n], null if splits is 1
+  float* parts;        // [splits][m][n], null if splits is 1 or the plan is clustered
   DType scale_dtype, offset_dtype, bias_dtype, out_dtype;
   int64_t block;       // Hadamard block, 0 for no rotation
 };
 
-// A product, or with problem.integers its integer part, whose x are codes.
-std::vector<Launch> matmul_launches(const Problem& problem, const Plan& plan,
+// A product, or with problem.integers its integer part, whose x are codes, on a device. The first
+// launch isn't a dependent one: what comes before is XLA's, and may write what this one reads.
+std::vector<Launch> matmul_launches(const Problem& problem, const Plan& plan, const Device& device,
                                     const Buffers& buffers);
 
 // Codes uint8[m][k] and scales float[m][groups] of x [m][k].

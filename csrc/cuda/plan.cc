@@ -31,8 +31,14 @@ double efficiency(Tile tile) {
 // A part of a split product has at least so many blocks of K, so that copies run ahead for most of
 // its time, and results are split in so many parts at most, because each is written and read.
 constexpr int64_t kLeastSplitBlocks = 16, kMostSplits = 16;
-// Products of few rows: stages that a warp has at least.
+// Products of few rows: blocks that a multiprocessor has at once, by their registers, and the part of
+// the chip that must be busy, over all waves of blocks.
+constexpr int64_t kStreamBlocks = 2;
+constexpr double kBusy = 0.75;
+// Stages that a warp has where not all blocks run at once: with fewer, little is under way.
 constexpr int64_t kLeastWarpStages = 4;
+// Up to so many rows weights should be read once, so all rows are in one tile.
+constexpr int64_t kOneTileRows = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -47,16 +53,57 @@ struct Tiling {
   double cost;
 };
 
-// Parts of K for products of few rows: enough blocks for the chip, each with work for all warps.
-Tiling stream_tiling(const Problem& p, int multiprocessors) {
-  int64_t stages = ceil_div(words(p.k), stream_words(p.weight_bits));
-  int64_t splits = std::min({multiprocessors / std::max<int64_t>(1, tiles(p.n)),
-                             stages / (kLeastWarpStages * kStreamWarps), kMostSplits});
-  return {Tile::kStream, static_cast<int>(std::max<int64_t>(1, splits)), 1};
+int tiles_of_block(Method method, const Problem& p) {
+  return stream_tiles(pass_count(method, p), static_cast<int>(p.m));
+}
+int64_t stream_columns(Method method, const Problem& p) {
+  return std::max<int64_t>(1, ceil_div(tiles(p.n), tiles_of_block(method, p)));
+}
+
+// The fewest parts of K, a power of two as clusters are, that keep the chip busy; otherwise those
+// that come nearest. Warps have a stage at least.
+int cluster_splits(int64_t columns, int64_t stages, int multiprocessors) {
+  int64_t places = kStreamBlocks * multiprocessors;
+  int best = 1;
+  double best_share = 0;
+  for (int splits = 1; splits <= kMostCluster; splits *= 2) {
+    int64_t blocks = columns * splits;
+    int64_t least = blocks <= places ? 1 : kLeastWarpStages;
+    if (splits > 1 && stages < least * splits * kStreamWarps) break;
+    double share = static_cast<double>(blocks) /
+                   static_cast<double>(ceil_div(blocks, places) * places);
+    if (share > best_share) best = splits, best_share = share;
+    if (share >= kBusy) break;
+  }
+  return best;
+}
+
+// Parts of K for products of few rows. Those that a launch has to add are so many only that about
+// every multiprocessor has a block.
+int stream_splits(Method method, const Problem& p, const Device& device) {
+  int64_t columns = stream_columns(method, p);
+  int stage = stream_words(method, p.weight_bits, tiles_of_block(method, p));
+  int64_t stages = ceil_div(words(p.k), stage);
+  if (device.clusters) return cluster_splits(columns, stages, device.multiprocessors);
+  int64_t splits = (device.multiprocessors + columns / 2) / columns;
+  splits = std::min({splits, stages / kStreamWarps, kMostSplits});
+  return static_cast<int>(std::max<int64_t>(1, splits));
+}
+
+// Who quantizes a single row; a comparison on a GPU may well move this. Blocks that run at once do it
+// while their first weights are on the way. Where they come in several waves, each would do it
+// again; a launch before does it once, at the same time as first weights are copied. Without
+// dependent launches nothing runs at the same time, so blocks quantize in any case.
+bool quantizes_row(Method method, const Problem& p, const Device& device, int splits) {
+  if (!can_quantize(method, p)) return false;
+  int64_t blocks = stream_columns(method, p) * splits;
+  return !device.clusters || blocks <= kStreamBlocks * device.multiprocessors;
 }
 
 bool has_tile(Method method, const Problem& p, Tile tile) {
+  int rows = tile_shape(method, p.weight_bits, tile).rows();
   if (method == Method::kPlanes) return tile == Tile::kNarrow || tile == Tile::kWhole;
+  if (p.m <= kOneTileRows && rows < p.m) return false;
   return tile != Tile::kWhole || p.group_size == p.k;
 }
 
@@ -77,7 +124,6 @@ Tiling tiling(Method method, const Problem& p, Tile tile, int multiprocessors) {
 }
 
 Tiling best_tiling(Method method, const Problem& p, int multiprocessors) {
-  if (is_stream(method, p)) return stream_tiling(p, multiprocessors);
   Tiling best{};
   for (Tile tile : {Tile::kWhole, Tile::kWide, Tile::kMedium, Tile::kNarrow}) {
     if (!has_tile(method, p, tile)) continue;
@@ -88,7 +134,6 @@ Tiling best_tiling(Method method, const Problem& p, int multiprocessors) {
 }
 
 std::string tile_text(Method method, int weight_bits, Tile tile) {
-  if (tile == Tile::kStream) return "weights streamed in tiles of " + std::to_string(kTile);
   Shape shape = tile_shape(method, weight_bits, tile);
   return "tiles of " + std::to_string(shape.rows()) + " x " + std::to_string(shape.columns());
 }
@@ -102,12 +147,32 @@ std::string method_reason(Method method, const Problem& p, const std::string& no
   return not_planes;
 }
 
+std::string splits_text(int splits) {
+  return splits == 1 ? "" : ", K in " + std::to_string(splits) + " parts to fill the chip";
+}
+
+Plan stream_plan(Method method, const Problem& p, const Device& device, std::string reason) {
+  int splits = stream_splits(method, p, device);
+  bool clustered = device.clusters && splits > 1;
+  bool quantizes = quantizes_row(method, p, device, splits);
+  reason += "; weights streamed in tiles of " +
+            std::to_string(kTile * tiles_of_block(method, p)) + splits_text(splits);
+  if (clustered) reason += ", which a cluster of blocks adds";
+  if (quantizes) reason += "; each block quantizes the row";
+  return {method, Tile::kStream, splits, clustered, quantizes, reason};
+}
+
 }  // namespace
 
 bool is_stream(Method method, const Problem& p) {
-  if (method == Method::kPlanes || p.integers || p.m > kMostStreamRows) return false;
-  return stream_stages_bytes(method, p.weight_bits, pass_count(method, p), static_cast<int>(p.m),
-                             false) <= kSharedBytes;
+  return method != Method::kPlanes && !p.integers && p.m <= kMostStreamRows;
+}
+
+bool can_quantize(Method method, const Problem& p) {
+  if (!is_stream(method, p) || p.m != 1) return false;
+  int64_t row = quantized_row_bytes(layout_of(method, p), p.k, group_count(p.k, p.act_group_size),
+                                    group_count(p.k, p.group_size));
+  return row <= kSharedBytes / 3;  // the rest is for stages
 }
 
 int pass_count(Method method, const Problem& p) {
@@ -160,10 +225,10 @@ Plan make_plan(const Problem& p, const Device& device, const std::string& asked)
     if (!why.empty()) throw std::invalid_argument(why);
     reason = method_reason(method, p, not_planes);
   }
+  if (is_stream(method, p)) return stream_plan(method, p, device, reason);
   Tiling t = best_tiling(method, p, device.multiprocessors);
-  reason += "; " + tile_text(method, p.weight_bits, t.tile);
-  if (t.splits > 1) reason += ", K in " + std::to_string(t.splits) + " parts to fill the chip";
-  return {method, t.tile, t.splits, reason};
+  reason += "; " + tile_text(method, p.weight_bits, t.tile) + splits_text(t.splits);
+  return {method, t.tile, t.splits, false, false, reason};
 }
 
 Method parse_method(const std::string& name) {

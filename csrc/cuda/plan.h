@@ -24,12 +24,15 @@ constexpr int64_t kManyRows = 1 << 20;
 struct Device {
   int arch;             // 10 * major + minor of the compute capability
   int multiprocessors;
+  bool clusters;        // its kernels have clusters and dependent launches: see ptx.cuh
 };
 
 struct Plan {
   Method method;
   Tile tile;
-  int splits;  // parts of K that are added up afterwards
+  int splits;      // parts of K
+  bool clustered;  // their blocks add them up, in a cluster; otherwise a launch does afterwards
+  bool quantizes;  // each block does it with the single row, not a launch before
   std::string reason;
 };
 
@@ -40,9 +43,12 @@ std::string refusal(Method method, const Problem& problem, int arch);
 // std::invalid_argument with the reason if none can.
 Plan make_plan(const Problem& problem, const Device& device, const std::string& asked);
 
-// Whether reading the weights is all that takes time, and activations fit in shared memory beside
-// them: then kStream can be used.
+// Whether reading the weights is all that takes time: then kStream can be used.
 bool is_stream(Method method, const Problem& problem);
+
+// Whether each block of a product of few rows can quantize them: a single row that fits.
+bool can_quantize(Method method, const Problem& problem);
+constexpr int kMostCluster = 8;  // blocks, on all chips
 
 // The number of times that activations are read: planes, or parts of floats.
 int pass_count(Method method, const Problem& problem);

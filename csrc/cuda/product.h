@@ -98,8 +98,10 @@ struct Gemm {
 struct Stream {
   Gemm gemm;
   Prologue prologue;
-  bool quantize;
+  bool quantizes;       // the row, not a prologue
+  bool clustered;       // the splits are a cluster of blocks
   int32_t quantize_at;  // where in shared memory
+  int32_t stages;       // of each warp
 };
 
 // Parameters of the kernel that adds the parts of a split product.

@@ -7,6 +7,7 @@
   extern "C" __global__ void __launch_bounds__(512)                                        \
       name(const __grid_constant__ anyprec::cuda::Prologue p) {                            \
     extern __shared__ float pieces[];                                                      \
+    anyprec::cuda::begin_next_launch(); /* the product, whose weights don't wait for this */ \
     anyprec::cuda::lay_out_row<anyprec::cuda::Output::output, given>(p, blockIdx.x, pieces); \
   }
 ANYPREC_PROLOGUES(ANYPREC_DEFINE_PROLOGUE)

@@ -12,11 +12,79 @@ __device__ inline void copy_async(void* to, const void* from, bool valid) {
                "r"(valid ? 16 : 0)
                : "memory");
 }
+// A policy for what is read once: it leaves the L2 cache before anything else.
+__device__ inline uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// 16 bytes by a policy. Neighbours up to 256 bytes come to the L2 cache with them.
+__device__ inline void copy_async(void* to, const void* from, uint64_t policy) {
+  auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2;" ::"r"(shared),
+               "l"(from), "l"(policy)
+               : "memory");
+}
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `kLeft` of the latest groups of copies are under way.
 template <int kLeft>
 __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// The same for a number that is known when the kernel runs, up to 6.
+__device__ inline void wait_copies(int left) {
+  switch (left) {
+    case 0: return wait_copies<0>();
+    case 1: return wait_copies<1>();
+    case 2: return wait_copies<2>();
+    case 3: return wait_copies<3>();
+    case 4: return wait_copies<4>();
+    case 5: return wait_copies<5>();
+    default: return wait_copies<6>();
+  }
+}
+
+// --- compute capability 9.0 and newer: launches that begin early, and clusters of blocks ---
+
+// Once all blocks of a launch have called begin_next_launch(), or ended, the next one may begin, if
+// it is a dependent one (launch.h). Until wait_for_launch_before() returns to a thread, it reads only
+// what was there before the operation, which are weights, and writes nothing to global memory. Then
+// the launch before has ended, and its results can be seen. That one waited as well, so all earlier
+// ones have ended too: nobody still reads what is now overwritten.
+__device__ inline void begin_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// A barrier of all threads of a cluster, in two steps: what they did to shared memory before they
+// arrived is done for all that waited.
+__device__ inline void arrive_at_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// What lies at `at` of this block's shared memory, in that of block `rank` of the cluster.
+__device__ inline float load_of_block(const float* at, int rank) {
+  float x = 0;
+#if __CUDA_ARCH__ >= 900
+  auto here = static_cast<uint32_t>(__cvta_generic_to_shared(at));
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
+#endif
+  return x;
 }
 
 // d += a b: 16 x 256 bits by 256 x 8, counting the bits that both have.

@@ -1,11 +1,13 @@
 // The parts of a split product, their sum, bias and cast.
 #pragma once
 
+#include "ptx.cuh"
 #include "values.cuh"
 
 namespace anyprec::cuda {
 
 __device__ inline void reduce(const Reduce& p) {
+  wait_for_launch_before();
   int64_t at = (int64_t{blockIdx.x} * kReduceThreads + threadIdx.x) * 4;
   if (at >= p.count) return;
   int count = p.count - at < 4 ? static_cast<int>(p.count - at) : 4;

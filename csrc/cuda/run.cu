@@ -42,10 +42,18 @@ int arch_of(int device) {
          attribute(cudaDevAttrComputeCapabilityMinor, device);
 }
 
+// Whether a kernel waits itself for the launch before, so that it may begin early, and knows of
+// clusters. Code for older devices does not, also where the driver compiled its PTX for a newer one.
+bool waits_itself(const void* kernel) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "the kernels can't be queried");
+  return attributes.ptxVersion >= 90;
+}
+
 DeviceInfo describe(int device) {
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, device), "the device can't be queried");
-  return {properties.name, {arch_of(device), properties.multiProcessorCount}};
+  return {properties.name, arch_of(device), properties.multiProcessorCount};
 }
 
 }  // namespace
@@ -60,16 +68,33 @@ void run(const std::vector<Launch>& launches, CUstream_st* stream) {
             what);
     }
     void* params[] = {const_cast<std::byte*>(l.params)};
-    check(cudaLaunchKernel(kernel, dim3(l.grid[0], l.grid[1]), dim3(l.threads), params,
-                           l.shared_bytes, stream),
-          what);
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(l.grid[0], l.grid[1]);
+    config.blockDim = dim3(l.threads);
+    config.dynamicSmemBytes = l.shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    if (l.cluster > 1) {
+      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = cluster.val.clusterDim.z = 1;
+      cluster.val.clusterDim.y = l.cluster;
+    }
+    if (l.dependent && waits_itself(kernel)) {
+      cudaLaunchAttribute& early = attributes[config.numAttrs++];
+      early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      early.val.programmaticStreamSerializationAllowed = 1;
+    }
+    check(cudaLaunchKernelExC(&config, kernel, params), what);
   }
 }
 
-int current_arch() {
+Device current_device() {
   int device = 0;
   check(cudaGetDevice(&device), "there is no current device");
-  return arch_of(device);
+  return {arch_of(device), attribute(cudaDevAttrMultiProcessorCount, device),
+          waits_itself(kAddresses[0])};
 }
 
 Devices find_devices() {

@@ -14,12 +14,12 @@ namespace anyprec::cuda {
 // Throws std::runtime_error with the kernel's name.
 void run(const std::vector<Launch>& launches, CUstream_st* stream);
 
-// Of the device that the calling thread's launches go to. Throws std::runtime_error.
-int current_arch();
+// The device that the calling thread's launches go to. Throws std::runtime_error.
+Device current_device();
 
 struct DeviceInfo {
   std::string name;
-  Device device;
+  int arch, multiprocessors;
 };
 
 // The devices, or none and the reason. Works without a driver too.

@@ -61,30 +61,38 @@ constexpr int shared_bytes(Method method, int weight_bits, Shape s) {
   return stage_count(method, weight_bits, s) * stage_bytes(method, weight_bits, s);
 }
 
-// --- products of few rows: a block has a tile of weights, its warps a part of K each ---
+// --- products of few rows: a block has one or two tiles of weights, its warps a part of K each ---
 
-constexpr int kStreamWarps = 8, kStreamStages = 4;
+constexpr int kStreamWarps = 8;
 constexpr int kMostStreamRows = 16;
+constexpr int kMostStreamStages = 8;
 
-// Words of K in a stage of a warp: 1 to 2 KiB of weights.
-constexpr int stream_words(int weight_bits) {
-  return weight_bits == 1 ? 8 : weight_bits <= 3 ? 4 : 2;
+// Every block reads the activations of all rows, from the L2 cache. Two tiles to a block halve that
+// where there is much of it.
+constexpr int stream_tiles(int passes, int m) { return passes * m <= 8 ? 1 : 2; }
+
+// Words of K in a stage of a warp: 0.5 to 2 KiB of weights, or one block of many activations.
+constexpr int stream_words(Method method, int weight_bits, int tiles) {
+  if (tiles > 1) return block_words(method);
+  return weight_bits <= 2 ? 4 : 2;
 }
-constexpr int stream_row_bytes() { return 4 * kTile + 32; }
+constexpr int stream_row_bytes(int tiles) { return 4 * kTile * tiles + 32; }
 
 // Bytes of activations in a stage of `blocks` blocks.
 constexpr int stream_value_bytes(int blocks, int passes, int m) {
   return blocks * passes * m * kBlockBytes;
 }
 
-// Of shared memory: the stages of all warps, which later hold the warps' sums.
-constexpr int64_t stream_stages_bytes(Method method, int weight_bits, int passes, int m,
-                                      bool quantize) {
-  int words = stream_words(weight_bits), blocks = words / block_words(method);
-  int values = quantize ? 0 : stream_value_bytes(blocks, passes, m);
-  return int64_t{kStreamWarps} * kStreamStages *
-         (weight_bits * words * stream_row_bytes() + values);
+// Bytes of a stage of all warps.
+constexpr int stream_stage_bytes(Method method, int weight_bits, int passes, int m,
+                                 bool quantizes) {
+  int tiles = stream_tiles(passes, m), words = stream_words(method, weight_bits, tiles);
+  int values = quantizes ? 0 : stream_value_bytes(words / block_words(method), passes, m);
+  return kStreamWarps * (weight_bits * words * stream_row_bytes(tiles) + values);
 }
+
+// Sums of a warp, for which those of all warps take the place of the stages at the end.
+constexpr int stream_sums(int tiles) { return 32 * tiles * 8 * tiles; }
 
 // Of shared memory: a row that the block quantizes itself, its pieces, scales and sums.
 constexpr int64_t quantized_row_bytes(const Layout& layout, int64_t k, int64_t act_groups,

@@ -1,6 +1,7 @@
 // XLA custom calls of the CUDA backend: check the buffers, then launch kernels on XLA's stream.
 #include "cuda_handlers.h"
 
+#include <bit>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -44,9 +45,15 @@ void check_plan(const Problem& p, const Plan& plan) {
          "tile whole needs one scale for all of K");
   expect(plan.tile != Tile::kStream || is_stream(plan.method, p),
          "tile stream is for at most 16 rows, by codes or floats");
+  expect(!plan.quantizes || (plan.tile == Tile::kStream && can_quantize(plan.method, p)),
+         "only in tile stream can blocks quantize, a single row that fits");
   expect(plan.splits >= 1 && plan.splits <= kMostSplits, "splits must be 1 to 16");
+  bool cluster = plan.tile == Tile::kStream && plan.splits > 1 && plan.splits <= kMostCluster &&
+                 std::has_single_bit(static_cast<unsigned>(plan.splits));
+  expect(!plan.clustered || cluster, "clusters are 2, 4 or 8 splits in tile stream");
   if (plan.splits == 1) return;
   expect(!p.integers, "integer products can't be split");
+  if (plan.tile == Tile::kStream) return;  // their parts may be empty
   int64_t blocks = layout_of(plan.method, p).blocks;
   int64_t each = (blocks + plan.splits - 1) / plan.splits;
   expect((plan.splits - 1) * each < blocks, "there are more splits than parts of K");
@@ -81,11 +88,12 @@ Problem read_problem(const ffi::AnyBuffer& x, DType dtype, const ffi::AnyBuffer&
 }
 
 // A program may come from a machine with another chip, so the plan in it is checked on this one.
-Plan read_plan(const Problem& p, std::string_view method, std::string_view tile, int64_t splits) {
+Plan read_plan(const Problem& p, std::string_view method, std::string_view tile, int64_t splits,
+               bool clustered, bool quantizes, const Device& device) {
   require(splits >= 1 && splits <= kMostSplits, "splits must be 1 to 16");
   Plan plan{parse_method(std::string(method)), parse_tile(std::string(tile)),
-            static_cast<int>(splits), ""};
-  int arch = current_arch();
+            static_cast<int>(splits), clustered, quantizes, ""};
+  int arch = device.arch;
   std::string why = refusal(plan.method, p, arch);
   if (!why.empty()) {
     throw std::invalid_argument("this program's method " + std::string(method) +
@@ -93,6 +101,11 @@ Plan read_plan(const Problem& p, std::string_view method, std::string_view tile,
                                 "." + std::to_string(arch % 10) + ": " + why);
   }
   check_plan(p, plan);
+  if (clustered && !device.clusters) {
+    throw std::invalid_argument(
+        "this program splits K over clusters of blocks, for which a GPU must have compute capability "
+        "9.0 or newer, and the kernels be compiled for that: compile the program for this GPU");
+  }
   return plan;
 }
 
@@ -118,11 +131,12 @@ uint8_t* read_workspace(ffi::AnyBuffer& b, const Problem& p, Method method) {
   return static_cast<uint8_t*>(b.untyped_data());
 }
 
-float* read_parts(ffi::AnyBuffer& b, const Problem& p, int64_t splits) {
+float* read_parts(ffi::AnyBuffer& b, const Problem& p, const Plan& plan) {
+  bool absent = plan.splits == 1 || plan.clustered;
   require(b.element_type() == ffi::DataType::F32 &&
-              has_shape(b, {splits == 1 ? 0 : splits, p.m, p.n}),
-          "parts must be float32[splits, M, N], or [0, M, N] for one");
-  return splits == 1 ? nullptr : static_cast<float*>(b.untyped_data());
+              has_shape(b, {absent ? 0 : plan.splits, p.m, p.n}),
+          "parts must be float32[splits, M, N], or [0, M, N] for one or a cluster");
+  return absent ? nullptr : static_cast<float*>(b.untyped_data());
 }
 
 ffi::Error quantize(CUstream_st* stream, ffi::AnyBuffer x, ffi::AnyBuffer signs,
@@ -149,7 +163,7 @@ ffi::Error quantize(CUstream_st* stream, ffi::AnyBuffer x, ffi::AnyBuffer signs,
     require(codes->element_type() == ffi::DataType::U8 && has_shape(*codes, {p.m, p.k}) &&
                 scales->element_type() == ffi::DataType::F32 && has_shape(*scales, {p.m, groups}),
             "results have a wrong type or shape");
-    std::string why = refusal(Method::kCodes, p, current_arch());
+    std::string why = refusal(Method::kCodes, p, current_device().arch);
     if (!why.empty()) throw std::invalid_argument(why);
     run(quantize_launches(p, x.untyped_data(), sign_words, block,
                           static_cast<uint8_t*>(codes->untyped_data()),
@@ -170,13 +184,14 @@ ffi::Error int_matmul(CUstream_st* stream, ffi::AnyBuffer codes, ffi::AnyBuffer 
     require(out->element_type() == ffi::DataType::S32 &&
                 has_shape(*out, {p.m, p.n, group_count(p.k, group_size)}),
             "result must be int32[M, N, groups]");
-    Plan plan = read_plan(p, method, tile, 1);
+    Device device = current_device();
+    Plan plan = read_plan(p, method, tile, 1, false, false, device);
     Buffers b{};
     b.x = codes.untyped_data();
     b.tiles = static_cast<const uint32_t*>(weights.untyped_data());
     b.out = out->untyped_data();
     b.workspace = read_workspace(*workspace, p, plan.method);
-    run(matmul_launches(p, plan, b), stream);
+    run(matmul_launches(p, plan, device, b), stream);
   });
 }
 
@@ -185,7 +200,8 @@ ffi::Error matmul(CUstream_st* stream, ffi::AnyBuffer x, ffi::AnyBuffer weights,
                   ffi::AnyBuffer signs, ffi::AnyBuffer peaks, ffi::Result<ffi::AnyBuffer> out,
                   ffi::Result<ffi::AnyBuffer> workspace, ffi::Result<ffi::AnyBuffer> parts,
                   int64_t act_bits, int64_t group_size, int64_t act_group_size, int64_t block,
-                  std::string_view method, std::string_view tile, int64_t splits) {
+                  std::string_view method, std::string_view tile, int64_t splits, bool clustered,
+                  bool quantizes) {
   return guarded([&] {
     require(out->dimensions().size() == 2, "result must have two axes");
     Problem p = read_problem(x, float_type<DType>(x.element_type()), weights, out->dimensions()[1],
@@ -215,10 +231,11 @@ ffi::Error matmul(CUstream_st* stream, ffi::AnyBuffer x, ffi::AnyBuffer weights,
     b.block = block;
     b.out = out->untyped_data();
     b.out_dtype = float_type<DType>(out->element_type());
-    Plan plan = read_plan(p, method, tile, splits);
+    Device device = current_device();
+    Plan plan = read_plan(p, method, tile, splits, clustered, quantizes, device);
     b.workspace = read_workspace(*workspace, p, plan.method);
-    b.parts = read_parts(*parts, p, splits);
-    run(matmul_launches(p, plan, b), stream);
+    b.parts = read_parts(*parts, p, plan);
+    run(matmul_launches(p, plan, device, b), stream);
   });
 }
 
@@ -268,7 +285,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaMatmulHandler, matmul,
                                   .Attr<int64_t>("block")
                                   .Attr<std::string_view>("method")
                                   .Attr<std::string_view>("tile")
-                                  .Attr<int64_t>("splits"),
+                                  .Attr<int64_t>("splits")
+                                  .Attr<bool>("clustered")
+                                  .Attr<bool>("quantizes"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace anyprec::cuda

@@ -32,8 +32,8 @@ py::list devices() {
   for (const DeviceInfo& d : find_devices().found) {
     py::dict one;
     one["name"] = d.name;
-    one["arch"] = d.device.arch;
-    one["multiprocessors"] = d.device.multiprocessors;
+    one["arch"] = d.arch;
+    one["multiprocessors"] = d.multiprocessors;
     all.append(one);
   }
   return all;
@@ -63,15 +63,18 @@ Problem make_problem(std::optional<int64_t> rows, int64_t n, int64_t k, int act_
 
 py::dict plan(std::optional<int64_t> rows, int64_t n, int64_t k, int act_bits, int weight_bits,
               int64_t group_size, int64_t act_group_size, const std::string& x_dtype, bool rotated,
-              bool integers, int arch, int multiprocessors, const std::string& method) {
+              bool integers, int arch, int multiprocessors, bool clusters,
+              const std::string& method) {
   if (multiprocessors < 1) throw std::invalid_argument("multiprocessors must be positive");
   Problem p = make_problem(rows, n, k, act_bits, weight_bits, group_size, act_group_size, x_dtype,
                            rotated, integers);
-  Plan made = make_plan(p, {arch, multiprocessors}, method);
+  Plan made = make_plan(p, {arch, multiprocessors, clusters}, method);
   py::dict result;
   result["method"] = name_of(made.method);
   result["tile"] = name_of(made.tile);
   result["splits"] = made.splits;
+  result["clustered"] = made.clustered;
+  result["quantizes"] = made.quantizes;
   result["reason"] = made.reason;
   result["workspace_row_bytes"] = layout_of(made.method, p).row_bytes;
   return result;
@@ -90,6 +93,8 @@ py::list to_python(const std::vector<Launch>& launches) {
     one["grid"] = py::make_tuple(l.grid[0], l.grid[1]);
     one["threads"] = l.threads;
     one["shared"] = l.shared_bytes;
+    one["cluster"] = py::make_tuple(1, l.cluster);
+    one["dependent"] = l.dependent;
     one["params"] = py::bytes(reinterpret_cast<const char*>(l.params), l.param_bytes);
     all.append(one);
   }
@@ -99,14 +104,15 @@ py::list to_python(const std::vector<Launch>& launches) {
 py::list launches(int64_t rows, int64_t n, int64_t k, int act_bits, int weight_bits,
                   int64_t group_size, int64_t act_group_size, const std::string& x_dtype,
                   bool rotated, bool integers, const std::string& method, const std::string& tile,
-                  int splits, int64_t block, uint64_t x, uint64_t tiles, uint64_t scales,
-                  uint64_t offsets, uint64_t bias, uint64_t signs, uint64_t peaks, uint64_t out,
-                  uint64_t workspace, uint64_t parts, const std::string& scale_dtype,
+                  int splits, bool clustered, bool quantizes, int arch, int multiprocessors,
+                  int64_t block, uint64_t x, uint64_t tiles, uint64_t scales, uint64_t offsets,
+                  uint64_t bias, uint64_t signs, uint64_t peaks, uint64_t out, uint64_t workspace,
+                  uint64_t parts, const std::string& scale_dtype,
                   const std::string& offset_dtype, const std::string& bias_dtype,
                   const std::string& out_dtype) {
   Problem p = make_problem(rows, n, k, act_bits, weight_bits, group_size, act_group_size, x_dtype,
                            rotated, integers);
-  Plan plan{parse_method(method), parse_tile(tile), splits, ""};
+  Plan plan{parse_method(method), parse_tile(tile), splits, clustered, quantizes, ""};
   check_plan(p, plan);
   Buffers b{};
   b.x = pointer<const void*>(x);
@@ -124,7 +130,7 @@ py::list launches(int64_t rows, int64_t n, int64_t k, int act_bits, int weight_b
   b.bias_dtype = parse_dtype(bias_dtype);
   b.out_dtype = parse_dtype(out_dtype);
   b.block = block;
-  return to_python(matmul_launches(p, plan, b));
+  return to_python(matmul_launches(p, plan, {arch, multiprocessors, clustered}, b));
 }
 
 py::list quantize_calls(int64_t rows, int64_t k, int act_bits, int64_t act_group_size,
@@ -163,20 +169,22 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("plan", &plan, py::kw_only(), py::arg("rows"), py::arg("n"), py::arg("k"),
         py::arg("act_bits"), py::arg("weight_bits"), py::arg("group_size"),
         py::arg("act_group_size"), py::arg("x_dtype"), py::arg("rotated"), py::arg("integers"),
-        py::arg("arch"), py::arg("multiprocessors"), py::arg("method") = "",
-        "Method, tile, splits, reason and workspace_row_bytes of a product. Rows may be None, for "
-        "unknown; 0 act_bits are floats. ValueError with the reason if no method, or not the one "
+        py::arg("arch"), py::arg("multiprocessors"), py::arg("clusters"), py::arg("method") = "",
+        "Method, tile, splits, clustered, quantizes, reason and workspace_row_bytes of a product. "
+        "Rows may be None, for unknown; 0 act_bits are floats. Clusters says whether the chip runs "
+        "kernels that have them. ValueError with the reason if no method, or not the one "
         "asked for, can compute it on such a chip.");
   m.def("launches", &launches, py::kw_only(), py::arg("rows"), py::arg("n"), py::arg("k"),
         py::arg("act_bits"), py::arg("weight_bits"), py::arg("group_size"),
         py::arg("act_group_size"), py::arg("x_dtype"), py::arg("rotated"), py::arg("integers"),
-        py::arg("method"), py::arg("tile"), py::arg("splits"), py::arg("block"), py::arg("x"),
-        py::arg("tiles"), py::arg("scales"), py::arg("offsets"), py::arg("bias"),
+        py::arg("method"), py::arg("tile"), py::arg("splits"), py::arg("clustered"),
+        py::arg("quantizes"), py::arg("arch"), py::arg("multiprocessors"), py::arg("block"),
+        py::arg("x"), py::arg("tiles"), py::arg("scales"), py::arg("offsets"), py::arg("bias"),
         py::arg("signs"), py::arg("peaks"), py::arg("out"), py::arg("workspace"),
         py::arg("parts"), py::arg("scale_dtype"), py::arg("offset_dtype"), py::arg("bias_dtype"),
         py::arg("out_dtype"),
-        "What a product launches, without launching it: kernel, grid, threads, shared (bytes) and "
-        "params (bytes) of each. Operands are addresses, 0 if absent.");
+        "What a product launches, without launching it: kernel, grid, threads, shared (bytes), "
+        "cluster, dependent and params (bytes) of each. Operands are addresses, 0 if absent.");
   m.def("quantize_launches", &quantize_calls, py::kw_only(), py::arg("rows"), py::arg("k"),
         py::arg("act_bits"), py::arg("act_group_size"), py::arg("x_dtype"), py::arg("block"),
         py::arg("x"), py::arg("signs"), py::arg("codes"), py::arg("scales"),

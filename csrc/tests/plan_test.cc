@@ -1,5 +1,7 @@
 // Which kernels the CUDA backend launches, in what grids and with what parameters, for all methods,
 // bits and tiles and for sizes around those of tiles: host code alone, no GPU and no nvcc.
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <set>
@@ -35,7 +37,7 @@ bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
-constexpr Device kA100{80, 108}, kH100{90, 132}, kB200{100, 148};
+constexpr Device kA100{80, 108, false}, kH100{90, 132, true}, kB200{100, 148, true};
 
 Problem problem(int64_t m, int64_t n, int64_t k, int act_bits, int weight_bits, int64_t group = 0) {
   if (group == 0) group = k;
@@ -104,35 +106,42 @@ void check_gemm(const Problem& p, const Plan& plan, const Launch& l, const std::
   check(g.out == (plan.splits == 1 ? buffers().out : buffers().parts), what + ": where it writes");
 }
 
-void check_stream(const Problem& p, const Plan& plan, const Launch& l, bool quantized,
-                  const std::string& what) {
+void check_stream(const Problem& p, const Plan& plan, const Launch& l, const std::string& what) {
   Stream s = params_of<Stream>(l, what);
+  int tiles_each = pass_count(plan.method, p) * p.m <= 8 ? 1 : 2;
   std::string name = std::string("anyprec_stream_") + name_of(plan.method) + "_w" +
-                     std::to_string(p.weight_bits) + (p.m <= 8 ? "_m8" : "_m16");
+                     std::to_string(p.weight_bits) + (tiles_each == 1 ? "_n32" : "_n64");
   check(name_of(l.kernel) == name, what + ": runs " + name_of(l.kernel));
   check(p.m <= kMostStreamRows && l.threads == 32 * kStreamWarps, what + ": rows and threads");
   check(l.shared_bytes <= 99 * 1024, what + ": shared memory");
-  check(l.grid[0] == tiles(p.n) && static_cast<int>(l.grid[1]) == plan.splits,
+  check(s.stages >= 2 && s.stages <= kMostStreamStages, what + ": stages");
+  check((tiles(p.n) + tiles_each - 1) / tiles_each == l.grid[0] &&
+            static_cast<int>(l.grid[1]) == plan.splits && s.gemm.splits == plan.splits,
         what + ": grid covers N and K");
-  check(s.quantize == !quantized && (!s.quantize || p.m == 1), what + ": who quantizes");
-  check(s.gemm.out == (plan.splits == 1 ? buffers().out : buffers().parts),
+  check(l.cluster == static_cast<uint32_t>(plan.clustered ? plan.splits : 1) &&
+            s.clustered == plan.clustered && 8 % l.cluster == 0,
+        what + ": clusters");
+  check(s.quantizes == plan.quantizes && (!s.quantizes || p.m == 1), what + ": who quantizes");
+  check(s.gemm.out == (plan.splits == 1 || plan.clustered ? buffers().out : buffers().parts),
         what + ": where it writes");
   // The sums of all warps take the place of the stages.
-  int64_t sums = int64_t{kStreamWarps} * 32 * 4 * (p.m <= 8 ? 8 : 16);
+  int64_t sums = int64_t{kStreamWarps} * 32 * 4 * (tiles_each == 1 ? 8 : 32);
   check(sums <= l.shared_bytes, what + ": room for sums");
 }
 
 void check_stream_launches(const Problem& p, const Plan& plan, const std::vector<Launch>& launches,
                            const std::string& what) {
-  size_t others = plan.splits == 1 ? 0 : 1;
-  bool quantized = launches.size() == 2 + others;
-  check(quantized || launches.size() == 1 + others, what + ": number of launches");
-  check_stream(p, plan, launches[quantized], quantized, what);
+  size_t before = !plan.quantizes, after = plan.splits > 1 && !plan.clustered;
+  check(launches.size() == before + 1 + after, what + ": number of launches");
+  check_stream(p, plan, launches[before], what);
 }
 
-void check_launches(const Problem& p, const Plan& plan) {
+void check_launches(const Problem& p, const Plan& plan, const Device& device) {
   std::string what = describe(p, plan);
-  std::vector<Launch> launches = matmul_launches(p, plan, buffers());
+  std::vector<Launch> launches = matmul_launches(p, plan, device, buffers());
+  for (size_t i = 0; i < launches.size(); ++i) {
+    check(launches[i].dependent == (i > 0), what + ": only the first waits for all before");
+  }
   if (p.m == 0 || p.n == 0) {
     check(launches.empty(), what + ": nothing to compute");
     return;
@@ -171,7 +180,7 @@ void test_kernels() {
         check(stage_count(method, bits, shape) >= 2, what + ": stages");
         check(shared_bytes(method, bits, shape) <= 99 * 1024, what + ": shared memory");
         check_launches(problem(5, 33, 256, method == Method::kFloat ? 0 : 2, bits),
-                       {method, tile, 1, ""});
+                       {method, tile, 1, false, false, ""}, kH100);
       }
     }
   }
@@ -189,7 +198,7 @@ void test_sizes() {
               check(plan.splits >= 1 && plan.splits <= 16, describe(p, plan) + ": splits");
               check(!plan.reason.empty(), describe(p, plan) + ": has a reason");
               check(refusal(plan.method, p, device.arch).empty(), describe(p, plan) + ": refused");
-              if (m != kManyRows) check_launches(p, plan);
+              if (m != kManyRows) check_launches(p, plan, device);
             }
           }
         }
@@ -207,34 +216,124 @@ void test_groups() {
         Plan plan = make_plan(p, kH100, "");
         check(plan.method != Method::kPlanes && plan.tile != Tile::kWhole,
               describe(p, plan) + ": no kernel has groups");
-        check_launches(p, plan);
+        check_launches(p, plan, kH100);
       }
     }
   }
 }
 
-// Copies of weights that are under way at once: enough to keep a chip's memory busy while they take
-// 800 ns, from blocks that registers (2 of 256 threads) and shared memory let a multiprocessor have.
-void test_bytes_under_way() {
-  struct Chip {
-    const char* name;
-    double bytes_per_second;
-    int multiprocessors, shared_bytes;
-  };
-  for (const Chip& chip : {Chip{"A100", 2.0e12, 108, 164 << 10}, Chip{"H100", 3.35e12, 132, 227 << 10},
-                           Chip{"RTX 4090", 1.0e12, 128, 100 << 10}}) {
-    double needed = chip.bytes_per_second * 800e-9 / chip.multiprocessors;
-    for (int bits = 1; bits <= kMaxBits; ++bits) {
-      Problem p = problem(1, 8192, 8192, 8, bits);
-      Plan plan = make_plan(p, {90, chip.multiprocessors}, "");
-      Launch l = matmul_launches(p, plan, buffers())[0];
-      int blocks = std::min(2, chip.shared_bytes / static_cast<int>(l.shared_bytes + 1024));
-      double under_way = blocks * kStreamWarps * (kStreamStages - 1) * 4.0 * kTile * bits *
-                         stream_words(bits);
-      check(under_way >= needed, std::string(chip.name) + " at " + std::to_string(bits) +
-                                     " bits: too few bytes under way");
-      check(l.grid[0] * l.grid[1] >= 0.9 * chip.multiprocessors,
-            std::string(chip.name) + ": too few blocks");
+// --- decode: a few rows, for which the weights are read once, at the rate of the chip's memory ---
+
+struct Chip {
+  const char* name;
+  int arch, multiprocessors;
+  double bytes_per_second;
+  int shared_bytes;  // of a multiprocessor
+
+  Device device() const { return {arch, multiprocessors, arch >= 90}; }
+};
+
+// NVIDIA's data sheets and architecture whitepapers; shared memory from the CUDA C++ Programming Guide.
+constexpr Chip kChips[] = {
+    {"A100 40GB", 80, 108, 1.555e12, 164 << 10}, {"A100 80GB", 80, 108, 2.039e12, 164 << 10},
+    {"RTX 3090", 86, 82, 0.936e12, 100 << 10},   {"RTX 4090", 89, 128, 1.008e12, 100 << 10},
+    {"L40S", 89, 142, 0.864e12, 100 << 10},      {"H100", 90, 132, 3.35e12, 228 << 10},
+    {"H200", 90, 132, 4.8e12, 228 << 10},        {"B200", 100, 148, 8.0e12, 228 << 10},
+    {"RTX 5090", 120, 170, 1.792e12, 100 << 10},
+};
+// Microbenchmarks measure 500 to 600 cycles for a load from memory that is idle; a busy one is slower.
+constexpr double kLatency = 800e-9;
+
+struct Decode {
+  int64_t n, k;
+};
+constexpr Decode kDecode[] = {{4096, 4096},  {4096, 11008}, {11008, 4096}, {4096, 14336},
+                              {14336, 4096}, {8192, 8192},  {8192, 28672}, {1024, 4096},
+                              {1024, 8192}};
+
+struct Flow {
+  double blocks, under_way, needed, weights;  // of the chip; the latter three in bytes
+  bool all;                                   // a block's are all under way at once
+
+  // Copies that take the memory's time, or about all there are at once.
+  bool keeps_busy(double slower) const {
+    return all || slower * under_way >= std::min(needed, 0.8 * weights);
+  }
+};
+
+// Weights that are under way while a product runs, from blocks that registers (2 of 256 threads) and
+// shared memory let a multiprocessor have at once. Blocks go to idle multiprocessors first.
+Flow flow_of(const Chip& chip, const Problem& p) {
+  Plan plan = make_plan(p, chip.device(), "");
+  std::string what = std::string(chip.name) + ": " + describe(p, plan);
+  check(plan.tile == Tile::kStream, what + ": is streamed");
+  std::vector<Launch> launches = matmul_launches(p, plan, chip.device(), buffers());
+  const Launch& l = launches[plan.quantizes ? 0 : 1];
+  Stream s = params_of<Stream>(l, what);
+  int blocks_each = std::min(2, chip.shared_bytes / static_cast<int>(l.shared_bytes + 1024));
+  check(blocks_each >= 1, what + ": a block fits");
+  double blocks = static_cast<double>(l.grid[0]) * l.grid[1];
+  int tiles_each = stream_tiles(s.gemm.passes, s.gemm.m);
+  int stage_words = stream_words(plan.method, p.weight_bits, tiles_each);
+  double of_warp = std::ceil(static_cast<double>(words(p.k)) / stage_words /
+                             (plan.splits * kStreamWarps));
+  double of_block = std::min<double>(s.stages - 1, of_warp) * kStreamWarps * stage_words * 4.0 *
+                    kTile * tiles_each * p.weight_bits;
+  Flow flow{};
+  flow.blocks = blocks;
+  flow.all = of_warp <= s.stages - 1;
+  flow.under_way = std::min(blocks, 1.0 * blocks_each * chip.multiprocessors) * of_block;
+  // Activations come from the L2 cache to every block. It gives twice what memory does at least;
+  // where there is more of them than of weights, that is what limits the latter.
+  double activations = plan.quantizes ? 0
+                                      : double{kBlockBytes} * s.gemm.passes * s.gemm.m /
+                                            block_words(plan.method) /
+                                            (4 * kTile * tiles_each * p.weight_bits);
+  flow.needed = chip.bytes_per_second * kLatency * std::min(1.0, 2 / (1 + activations));
+  flow.weights = static_cast<double>(p.n) * static_cast<double>(p.k) * p.weight_bits / 8;
+  check(activations <= 1 || p.weight_bits < 4, what + ": more activations than weights");
+  return flow;
+}
+
+Problem decode_problem(const Decode& shape, int64_t m, bool floats, int weight_bits) {
+  Problem p = problem(m, shape.n, shape.k, floats ? 0 : 8, weight_bits);
+  p.x = DType::kBF16;
+  return p;
+}
+
+void check_flow(const Chip& chip, const Problem& p, const Flow& flow) {
+  std::string what = std::string(chip.name) + ": " + describe(p, make_plan(p, chip.device(), ""));
+  // More rows may take 1.3 times as long as one; 16 of them at 8 TB/s twice as long, because 99 KiB
+  // have no more than two stages of many bits.
+  double slower = p.m == 1 ? 1 : p.m == 16 && chip.bytes_per_second > 5e12 ? 2 : 1.3;
+  check(flow.keeps_busy(slower), what + ": too few bytes under way");
+  // 1024 columns are 16 or 32 blocks, for clusters of 8 at most.
+  double least = p.n == 1024 ? 0.3 : 0.75;
+  check(flow.blocks >= least * chip.multiprocessors, what + ": too few blocks");
+}
+
+// With `table` prints for 1 to 8 bits: blocks for each multiprocessor, and bytes under way over those
+// needed.
+void test_decode(bool table) {
+  for (const Chip& chip : kChips) {
+    for (const Decode& shape : kDecode) {
+      for (int i = 0; i < 6; ++i) {
+        int64_t m = i < 2 ? 1 : i < 4 ? 8 : 16;
+        bool floats = i % 2 == 1;
+        std::string line = std::string(chip.name) + " n=" + std::to_string(shape.n) + " k=" +
+                           std::to_string(shape.k) + " m=" + std::to_string(m) +
+                           (floats ? " bf16:" : " int8:");
+        for (int bits = 1; bits <= kMaxBits; ++bits) {
+          Problem p = decode_problem(shape, m, floats, bits);
+          Flow flow = flow_of(chip, p);
+          check_flow(chip, p, flow);
+          char cell[32];
+          std::snprintf(cell, sizeof cell, " %.1f/%.1f", flow.blocks / chip.multiprocessors,
+                        flow.under_way / flow.needed);
+          line += cell;
+        }
+        if (table) std::printf("%s\n", line.c_str());
+      }
     }
   }
 }
@@ -249,8 +348,30 @@ void test_choice() {
   check(method(1, 1, kB200) == Method::kCodes, "no planes without 1-bit tensor cores");
   check(method(0, 1, kH100) == Method::kFloat, "floats are floats");
   // A single row of a wide matrix leaves most of the chip idle, unless K is shared out.
-  Plan decode = make_plan(problem(1, 1024, 65536, 0, 4), kH100, "");
-  check(decode.splits > 1, "few columns and a long K are split");
+  for (const Device& device : {kA100, kH100}) {
+    Plan decode = make_plan(problem(1, 1024, 65536, 0, 4), device, "");
+    check(decode.splits > 1, "few columns and a long K are split");
+    check(decode.clustered == device.clusters, "parts are added in clusters where there are any");
+  }
+  // Blocks that come in several waves don't quantize, where a launch can run at the same time.
+  Problem wide = problem(1, 28672, 8192, 8, 4);
+  check(make_plan(problem(1, 8192, 8192, 8, 4), kH100, "").quantizes, "a wave of blocks quantizes");
+  check(!make_plan(wide, kH100, "").quantizes, "a launch before several waves");
+  check(make_plan(wide, kA100, "").quantizes, "no launch before where it would not run beside");
+  // Up to 64 rows are one tile, so that weights are read once.
+  for (int64_t m = kMostStreamRows + 1; m <= 64; ++m) {
+    for (int act_bits : {0, 8}) {
+      for (int64_t n : {1024, 4096, 8192, 28672}) {
+        Problem p = problem(m, n, 8192, act_bits, 4, m % 2 ? 64 : 0);
+        p.x = DType::kBF16;
+        Plan plan = make_plan(p, kH100, "");
+        Shape tile = tile_shape(plan.method, 4, plan.tile);
+        check(tile.rows() >= m, describe(p, plan) + ": weights are read more than once");
+        check(plan.splits * ((n + tile.columns() - 1) / tile.columns()) >= 0.4 * 132,
+              describe(p, plan) + ": few blocks");
+      }
+    }
+  }
   Problem integers = problem(1, 1024, 65536, 8, 4);
   integers.integers = true;
   integers.x = DType::kU8;
@@ -273,15 +394,15 @@ void test_refusals() {
         "a row too long");
   check(contains(error_of([&] { make_plan(p, kB200, "planes"); }), "planes can't be used"),
         "asked for planes on 10.0");
-  check(contains(error_of([&] { make_plan(p, {75, 40}, ""); }), "8.0"), "no method on 7.5");
+  check(contains(error_of([&] { make_plan(p, {75, 40, false}, ""); }), "8.0"), "no method on 7.5");
   check(contains(error_of([] { parse_method("fast"); }), "got fast"), "name of a method");
   check(contains(error_of([] { parse_tile("huge"); }), "got huge"), "name of a tile");
-  Plan plan{Method::kCodes, Tile::kNarrow, 1, ""};
+  Plan plan{Method::kCodes, Tile::kNarrow, 1, false, false, ""};
   check(contains(error_of([&] {
-          matmul_launches(problem(1, int64_t{1} << 32, 64, 2, 2), plan, buffers());
+          matmul_launches(problem(1, int64_t{1} << 32, 64, 2, 2), plan, kH100, buffers());
         }), "2^31"), "N too large");
   check(contains(error_of([&] {
-          matmul_launches(problem(1, int64_t{1} << 30, 4096, 2, 8), plan, buffers());
+          matmul_launches(problem(1, int64_t{1} << 30, 4096, 2, 8), plan, kH100, buffers());
         }), "64 GiB"), "weights too large");
 }
 
@@ -300,12 +421,13 @@ void test_quantize() {
 
 }  // namespace
 
-int main() {
+// With the argument "table", prints what test_decode() finds.
+int main(int count, char** arguments) {
   test_kernels();
   test_sizes();
   test_groups();
   test_choice();
-  test_bytes_under_way();
+  test_decode(count > 1 && std::string(arguments[1]) == "table");
   test_refusals();
   test_quantize();
   std::printf("%d checks passed, %d failed\n", passed, failed);
