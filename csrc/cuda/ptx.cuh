@@ -25,6 +25,10 @@ __device__ inline void copy_async(void* to, const void* from, uint64_t policy) {
                "l"(from), "l"(policy)
                : "memory");
 }
+// Brings what lies at `at` to the L2 cache.
+__device__ inline void prefetch(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `kLeft` of the latest groups of copies are under way.
 template <int kLeft>

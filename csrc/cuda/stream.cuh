@@ -129,6 +129,27 @@ class WarpStream {
   const uint4* values_;
 };
 
+// Brings scales, offsets and bias to the L2 cache, so that ends of groups don't wait for memory: those
+// of the block's columns, for words first .. last - 1 of K.
+template <typename Config>
+__device__ inline void prefetch_factors(const Gemm& p, int first, int last) {
+  int lane = threadIdx.x % kWarp, last_group = min(p.groups, (last - 1) / p.group_words + 1) - 1;
+  auto row = [](const void* rows, DType dtype, int64_t at) {
+    prefetch(static_cast<const uint8_t*>(rows) + at * kTile * (dtype == DType::kF32 ? 4 : 2));
+  };
+#pragma unroll
+  for (int i = 0; i < Config::kTiles; ++i) {
+    int tile = blockIdx.x * Config::kTiles + i;
+    if (tile >= tiles(p.n)) break;
+    for (int group = first / p.group_words + lane; group <= last_group; group += kWarp) {
+      int64_t at = int64_t{tile} * p.groups + group;
+      row(p.scales, p.scale_dtype, at);
+      if (p.offsets != nullptr) row(p.offsets, p.offset_dtype, at);
+    }
+    if (p.bias != nullptr && threadIdx.x == 0) row(p.bias, p.bias_dtype, tile);
+  }
+}
+
 // Writes result `at` of the block, numbered as in store_sums(), or its part of a split one.
 template <typename Config>
 __device__ inline void store_sum(const Gemm& p, int at, float sum, bool part) {
@@ -226,6 +247,7 @@ __device__ inline void stream(const Stream& p) {
   int first = min(all, (static_cast<int>(blockIdx.y) * kStreamWarps + warp) * each);
   int last = min(all, first + each);
   WarpStream<Config> copies(p, shared, last);
+  prefetch_factors<Config>(p.gemm, first * Config::kWords, last * Config::kWords);
   copies.begin(first);
   begin_next_launch();  // it adds parts
   Gemm gemm = p.gemm;
