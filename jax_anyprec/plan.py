@@ -221,6 +221,8 @@ def describe(quantization: Quantization) -> str:
         parts.append(quantization.scales)
     if quantization.activations and quantization.act_scales == "token":
         parts.append("token scales")
+    if quantization.scale_dtype != "float32":
+        parts.append(f"{quantization.scale_dtype} scales")
     return " ".join(parts)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from .format import check_bits
 from .quantize import quantize
 from .rotation import Rotation
-from .tensor import QuantizedTensor
+from .tensor import SCALE_DTYPES, QuantizedTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Quantization:
       scales: how weight scales are chosen, "mse" or "absmax"; None picks what measures better,
         see `scale_method`.
       act_scales: one activation scale per "token", or per token and "group".
+      scale_dtype: of the weight scales: "float32", "float16" or "bfloat16".
     """
 
     weights: int | None = None
@@ -36,6 +37,7 @@ class Quantization:
     rotate: bool = False
     scales: Literal["mse", "absmax"] | None = None
     act_scales: Literal["group", "token"] = "group"
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for field in ("weights", "activations"):
@@ -48,6 +50,7 @@ class Quantization:
             )
         for field, allowed in (
             ("scales", ("mse", "absmax", None)), ("act_scales", ("group", "token")),
+            ("scale_dtype", SCALE_DTYPES),
         ):  # fmt: skip
             if (value := getattr(self, field)) not in allowed:
                 raise ValueError(f"Quantization.{field} must be one of {allowed}, got {value!r}")
@@ -79,8 +82,13 @@ class Quantization:
             self.weights,
             group_size=self.group_size,
             scales=self.scale_method,
-            rotation=Rotation.for_size(kernel.shape[-2]) if self.rotate else None,
+            rotation=self.rotation(kernel.shape[-2]),
+            scale_dtype=self.scale_dtype,
         )
+
+    def rotation(self, k: int) -> Rotation | None:
+        """The rotation of weights and activations of K values, if there is one."""
+        return Rotation.for_size(k) if self.rotate else None
 
     @property
     def layer_options(self) -> dict[str, Any]:

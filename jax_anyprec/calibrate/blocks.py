@@ -8,7 +8,7 @@ is left as soon as block i is reached: so nothing need be known of how a model c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from flax import nnx
 
@@ -96,5 +96,5 @@ class Blocks:
             return reached.args[0]
         finally:
             for reference, stand in zip(self.blocks, stands, strict=False):
-                reference._replace(node=stand).replace(reference.node)
+                reference._replace(node=stand).replace(cast(nnx.Module, reference.node))
         raise ValueError(f"block {self.blocks[i].path!r} is not called")

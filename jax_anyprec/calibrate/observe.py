@@ -39,35 +39,48 @@ def put(found: Found, module: nnx.Module) -> Iterator[None]:
             reference._replace(node=module).replace(found.module)
 
 
+def observe(layers: Sequence[Found], run: Run, show: Callable[[Found, Any], None]) -> None:
+    """Run, and show each call of one of `layers` and its input to a function."""
+    if not layers:
+        run()
+        return
+    found, *others = layers
+    with put(found, Observer(found.module, lambda x: show(found, x))):
+        observe(others, run, show)
+
+
 def order(layers: Sequence[Found], run: Run) -> list[list[Found]]:
     """Layers in the order of their first calls; neighbours that share an input are together.
 
     Layers that are not called are left out.
     """
-    calls: list[tuple[Found, Any]] = []
-
-    def record(position: int) -> None:
-        if position == len(layers):
-            run()
-            return
-        found = layers[position]
-        with put(found, Observer(found.module, lambda x: calls.append((found, x)))):
-            record(position + 1)
-
-    record(0)
     stages: list[list[Found]] = []
     seen: set[str] = set()
     last: Any = None
-    for found, x in calls:
-        if found.layer.path in seen:
-            continue
-        seen.add(found.layer.path)
-        if stages and x is last:
-            stages[-1].append(found)
-        else:
-            stages.append([found])
-        last = x
+
+    def show(found: Found, x: Any) -> None:
+        nonlocal last
+        if found.layer.path not in seen:
+            if stages and x is last:
+                stages[-1].append(found)
+            else:
+                stages.append([found])
+            seen.add(found.layer.path)
+            last = x
+
+    observe(layers, run, show)
     return stages
+
+
+def inputs_of(layers: Sequence[Found], run: Run) -> dict[str, jax.Array]:
+    """What goes into layers at their first calls in a run, ``float[rows, K]`` by path."""
+    inputs: dict[str, jax.Array] = {}
+
+    def show(found: Found, x: Any) -> None:
+        inputs.setdefault(found.layer.path, found.rows(x))
+
+    observe(layers, run, show)
+    return inputs
 
 
 class _Seen(Exception):

@@ -20,8 +20,8 @@ class CalibratedLayer:
       path: names on the way to it, joined with "/".
       quantization: how it is held now.
       rows: inputs that were seen.
-      error: squared error of its outputs, by packed weights and inputs of the packed model against
-        those of the float model, as a part of the squared outputs; None if it was not calibrated.
+      error: what rounding its weights does to its outputs, squared, as a part of their squares;
+        None if it was not calibrated.
       fallback: why its weight was rounded to nearest instead; None if it was calibrated.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from ..quantization import Quantization
 from ..rules import Rules
 from ..tensor import QuantizedTensor
 from .blocks import Blocks, Call, find_blocks
-from .moments import Moments, add, rotation_of
-from .observe import Run, input_of, order
+from .moments import Inputs, Moments, add
+from .observe import Run, input_of, inputs_of, order
 from .report import CalibratedLayer
 from .solve import Method, solve
 
@@ -70,8 +71,8 @@ class Calibration:
         self._run_blocks()
         runs = [
             Runs(
-                lambda batch=batch: self.call(self.model, batch),
-                lambda batch=batch: self.call(self._reference, batch),
+                functools.partial(self.call, self.model, batch),
+                functools.partial(self.call, self._reference, batch),
             )
             for batch in self.batches
         ]
@@ -101,17 +102,20 @@ class Calibration:
         """Calibrate the layers of a module that its runs call, in that order."""
         copies = {f.layer.path: f for f in find(exact)}
         here = [f for f in find(module) if prefix + f.layer.path in self.todo and f.has_rows]
-        for stage in order(here, runs[0].packed) if here else []:
-            inputs = [
-                (input_of(stage[0], run.packed), input_of(copies[stage[0].layer.path], run.exact))
-                for run in runs
+        stages = order(here, runs[0].packed) if here else []
+        firsts = [copies[stage[0].layer.path] for stage in stages]
+        exact_inputs = [inputs_of(firsts, run.exact) for run in runs]
+        for stage in stages:
+            rows = [
+                (input_of(stage[0], run.packed), exact[stage[0].layer.path])
+                for run, exact in zip(runs, exact_inputs, strict=True)
             ]
-            moments: dict[Quantization, Moments] = {}
+            moments: dict[Inputs, Moments] = {}
             for found in stage:
                 quantization = self.todo[prefix + found.layer.path]
-                seen = dataclasses.replace(quantization, weights=1, scales=None)
+                seen = Inputs.of(quantization)
                 if seen not in moments:
-                    moments[seen] = _moments(inputs, seen)
+                    moments[seen] = _moments(rows, seen)
                 self._pack(found, prefix, quantization, moments[seen])
 
     def _pack(
@@ -148,10 +152,10 @@ class Calibration:
         self.progress(len(self.done), self.total)
 
 
-def _moments(inputs: Sequence[tuple[Any, Any]], quantization: Quantization) -> Moments:
-    moments = Moments.zeros(inputs[0][0].shape[-1])
-    for x, f in inputs:
-        moments = add(moments, x, f, quantization=quantization)
+def _moments(rows: Sequence[tuple[Any, Any]], inputs: Inputs) -> Moments:
+    moments = Moments.zeros(rows[0][0].shape[-1])
+    for x, f in rows:
+        moments = add(moments, x, f, inputs=inputs)
     return moments
 
 
@@ -160,20 +164,12 @@ def pack(
 ) -> tuple[QuantizedTensor, Any, float]:
     """The packed weight of a layer, what its bias lacks, and the relative error of its outputs."""
     assert quantization.weights is not None
-    weights = layer.matrices(layer.weight).astype(jnp.float32)
-    k = weights.shape[0]
-    rotation = rotation_of(quantization, k)
-    if rotation is not None:
-        weights = rotation.apply(weights.T).T
-    solution = solve(
-        weights,
-        moments,
-        method,
-        bits=quantization.weights,
-        group_size=quantization.group_size or k,
-        scales=quantization.scale_method,
-    )
+    weights = layer.matrices(layer.weight)
+    solution = solve(weights, moments, quantization, method)
     tensor = QuantizedTensor.from_codes(
-        solution.codes.T, solution.scales, bits=quantization.weights, rotation=rotation
+        solution.codes.T,
+        solution.scales,
+        bits=quantization.weights,
+        rotation=quantization.rotation(weights.shape[0]),
     )
     return tensor, solution.shift, float(solution.error)

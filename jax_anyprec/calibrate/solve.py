@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import format as fmt
+from ..quantization import Quantization
 from ..quantize import choose_scales
 from .moments import Moments
 
@@ -31,18 +32,17 @@ class Method:
     """How codes and scales are found.
 
     Args:
-      damping: what is added to the diagonal of second moments, as a part of its mean.
+      damping: what is added to the diagonal of second moments, as a part of its mean, besides K
+        over the number of inputs.
       sweeps: times that scales are refitted and all codes improved.
       cross: how much of the difference between the float model's inputs and the quantized model's
         is made up for, 0 to 1.
-      scale_dtype: of the scales.
       correct_bias: whether biases make up for the mean error of outputs.
     """
 
     damping: float = 0.01
     sweeps: int = 4
     cross: float = 1.0
-    scale_dtype: str = "float16"
     correct_bias: bool = True
 
 
@@ -52,71 +52,68 @@ class Solution(NamedTuple):
     Attributes:
       codes: ``uint8[K, N]``.
       scales: ``[N, groups]``.
+      difference: ``float32[K, N]``, the weights, rotated, less what the codes stand for.
       shift: ``float32[N]``, mean of the float model's outputs less those of the packed one.
-      error: ``float32[]``, squared error of the outputs as a part of their squares.
+      error: ``float32[]``, ``|x T - x Q|**2 / |x T|**2``, what rounding does to the outputs.
     """
 
     codes: jax.Array
     scales: jax.Array
+    difference: jax.Array
     shift: jax.Array
     error: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("method", "bits", "group_size", "scales"))
+@functools.partial(jax.jit, static_argnames=("quantization", "method"))
 def solve(
-    weights: jax.Array,
-    moments: Moments,
-    method: Method,
-    *,
-    bits: int,
-    group_size: int,
-    scales: str,
+    weights: jax.Array, moments: Moments, quantization: Quantization, method: Method
 ) -> Solution:
-    """Codes and scales for ``weights float32[K, N]``.
-
-    Args:
-      weights: rotated as inputs are.
-      moments: of the inputs.
-      bits: 1 to 8.
-      group_size: rows that share a scale, K or a multiple of `BLOCK` that divides K.
-      scales: how GPTQ chooses scales, "mse" or "absmax".
-    """
+    """Codes and scales for ``weights float[K, N]`` whose inputs have these `moments`."""
+    assert quantization.weights is not None
     k = weights.shape[0]
+    weights = weights.astype(jnp.float32)
+    rotation = quantization.rotation(k)
+    if rotation is not None:
+        weights = rotation.apply(weights.T).T
     moment, target = _problem(weights, moments, method)
-    pad = -k % BLOCK  # of rows that are not there, whose values are 0
-    grid = _Grid(k, bits, group_size if group_size < k else k + pad, scales, method.scale_dtype)
+    pad = -k % BLOCK  # rows that are not there, whose values are 0
+    group_size = quantization.group_size or k + pad
+    grid = _Grid(
+        k, quantization.weights, group_size, quantization.scale_method, quantization.scale_dtype
+    )
     target = jnp.pad(target, ((0, pad), (0, 0)))
     moment = jax.scipy.linalg.block_diag(moment, jnp.eye(pad)) if pad else moment
-    codes, chosen = _gptq(grid, target, moment)
+    codes, scales = _gptq(grid, target, moment)
     for _ in range(method.sweeps):
-        chosen = _refit(grid, target, moment, codes, chosen)
-        codes = _descend(grid, target, moment, codes, chosen)
-    values = grid.values(codes, chosen)[:k]
-    shift = (moments.reference_sum @ weights - moments.own_sum @ values) / moments.rows
+        scales = _refit(grid, target, moment, codes, scales)
+        codes = _descend(grid, target, moment, codes, scales)
+    values = grid.values(codes, scales)[:k]
     return Solution(
-        codes[:k], chosen.T.astype(method.scale_dtype), shift, _error(weights, values, moments)
+        codes[:k],
+        scales.T.astype(quantization.scale_dtype),
+        weights - values,
+        (moments.reference_sum @ weights - moments.own_sum @ values) / moments.rows,
+        _energy(moments.own, target[:k] - values) / _energy(moments.own, target[:k]),
     )
+
+
+def _energy(moment: jax.Array, weights: jax.Array) -> jax.Array:
+    """The sum of squares of products with inputs of this second moment; not 0."""
+    return jnp.maximum((weights * (moment @ weights)).sum(), 1e-30)
 
 
 def _problem(weights: jax.Array, moments: Moments, method: Method) -> tuple[jax.Array, jax.Array]:
     """The damped second moment of inputs, of mean 1 on its diagonal, and T."""
     size = jnp.maximum(jnp.mean(jnp.diag(moments.own)), 1e-30)
-    # Rows that no input reaches keep their weights.
-    ridge = jnp.where(jnp.diag(moments.own) > 0, method.damping, 1.0)
+    # Fewer inputs say less of other inputs. Rows that no input reaches keep their weights.
+    damping = method.damping + weights.shape[0] / moments.rows
+    ridge = jnp.where(jnp.diag(moments.own) > 0, damping, 1.0)
     moment = moments.own / size + jnp.diag(ridge)
     if method.cross == 0:
         return moment, weights
     difference = (moments.cross - moments.own) / size
     shift = jax.scipy.linalg.solve(moment, difference @ weights, assume_a="pos")
     return moment, weights + method.cross * shift
-
-
-def _error(weights: jax.Array, values: jax.Array, moments: Moments) -> jax.Array:
-    """``|f W - x Q|**2 / |f W|**2`` summed over inputs."""
-    exact = (weights * (moments.reference @ weights)).sum()
-    mixed = (values * (moments.cross @ weights)).sum()
-    own = (values * (moments.own @ values)).sum()
-    return (exact - 2 * mixed + own) / jnp.maximum(exact, 1e-30)
 
 
 @dataclasses.dataclass(frozen=True)

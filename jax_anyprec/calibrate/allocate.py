@@ -1,0 +1,220 @@
+"""Bits for each layer under a budget for all: where a bit more lowers the loss most."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..nnx.convert import Found, find
+from ..plan import describe, make_plan
+from ..quantization import Quantization
+from ..rules import Rules
+from .moments import Moments
+from .sensitivity import Loss, Sensitivity, projected_loss, sensitivities
+from .solve import Method, solve
+
+REFERENCE_BITS = 3
+
+DISTORTION = {
+    1: 0.363, 2: 0.1188, 3: 0.0374, 4: 0.01154, 5: 0.003495, 6: 1.04e-3, 7: 3.0e-4, 8: 8.7e-5,
+}  # fmt: skip
+"""Squared error of the best uniform quantizer of a Gaussian, by bits (Max, 1960)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What one quantization of one layer costs.
+
+    Attributes:
+      quantization: how the layer would be held.
+      nbytes: of its packed weight.
+      loss: expected change of the model's loss, in nats a prediction for logits.
+    """
+
+    quantization: Quantization
+    nbytes: int
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """What `allocate_bits` chose. Printed, it is a table.
+
+    Attributes:
+      rules: for `calibrate_model` or `quantize_model`; one for each layer.
+      bits: a weight, with scales and offsets, over the layers that are quantized.
+      loss: what all choices together are expected to add to the model's loss.
+      frontier: (bits, loss) of the best allocations for all budgets.
+    """
+
+    rules: tuple[tuple[str, Quantization], ...]
+    bits: float
+    loss: float
+    frontier: tuple[tuple[float, float], ...]
+
+    def __str__(self) -> str:
+        width = max(len(path) for path, _ in self.rules)
+        lines = [f"{path:{width}}  {describe(quantization)}" for path, quantization in self.rules]
+        total = f"{self.bits:.3f} bits a weight, expected loss {self.loss:.4f}"
+        return "\n".join([*lines, total])
+
+
+def choose(layers: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
+    """One choice for each layer, of at most `budget` bytes together, with little loss.
+
+    Each layer starts with its smallest choice; then the step that saves most loss for each byte is
+    taken, of those on the layer's convex hull, until no further one fits.
+
+    Raises:
+      ValueError: even the smallest choices need more than the budget.
+    """
+    taken = [steps[0] for steps in map(_hull, layers)]
+    for chosen in path_of(layers):
+        if sum(c.nbytes for c in chosen) > budget:
+            break
+        taken = chosen
+    least = sum(c.nbytes for c in taken)
+    if least > budget:
+        raise ValueError(f"budget must be at least {least} bytes for these choices, got {budget}")
+    return taken
+
+
+def path_of(layers: Sequence[Sequence[Choice]]) -> Iterable[list[Choice]]:
+    """Allocations of growing size: those that lose least for theirs."""
+    hulls = [_hull(choices) for choices in layers]
+    at = [0] * len(hulls)
+    steps = sorted(
+        (
+            ((a.loss - b.loss) / (b.nbytes - a.nbytes), layer, i)
+            for layer, hull in enumerate(hulls)
+            for i, (a, b) in enumerate(itertools.pairwise(hull))
+        ),
+        key=lambda step: (-step[0], step[2]),
+    )
+    yield [hull[0] for hull in hulls]
+    for _, layer, i in steps:
+        at[layer] = i + 1
+        yield [hull[j] for hull, j in zip(hulls, at, strict=True)]
+
+
+def _hull(choices: Sequence[Choice]) -> list[Choice]:
+    """The choices, by size, from which each further byte saves less than the one before."""
+    hull: list[Choice] = []
+    for choice in sorted(choices, key=lambda c: (c.nbytes, c.loss)):
+        if hull and choice.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], choice):
+            hull.pop()
+        if hull and hull[-1].nbytes == choice.nbytes:
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _slope(a: Choice, b: Choice) -> float:
+    return (a.loss - b.loss) / (b.nbytes - a.nbytes)
+
+
+def allocate_bits(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    budget: float,
+    choices: Sequence[Quantization],
+    rules: Rules | None = None,
+    loss: Loss = projected_loss,
+    call: Callable[[Any, Any], Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Allocation:
+    """Choose one of `choices` for each layer, so that all have at most `budget` bits a weight.
+
+    The error that each layer's outputs would have is estimated by calibrating its weight to
+    REFERENCE_BITS alone and scaling by what more or fewer bits do to a Gaussian; what that
+    costs the model, by the derivatives of `loss` (see `jax_anyprec.calibrate.sensitivity`).
+
+    Args:
+      model: a `flax.nnx.Module`; it is not changed.
+      batches: a few are enough.
+      budget: bits a weight, scales and offsets included, on average over the layers.
+      choices: such as ``[Quantization(weights=b, group_size=64) for b in (2, 3, 4)]``.
+      rules: which layers take part: those that become quantized; None for all that do by default.
+      loss: from the model's output and a key to a scalar: `sampled_loss` for logits, by default
+        `projected_loss`, which measures the squared change of any output.
+      call: ``call(model, batch)`` runs the model; None for ``model(batch)``.
+      progress: called with the layers done so far and their number.
+
+    Raises:
+      ValueError: the budget is less than the smallest choices need, a choice fits a layer's shape
+        not, or a layer is not called.
+    """
+    found = find(model)
+    plan = make_plan([f.layer for f in found], choices[0] if rules is None else rules, errors=False)
+    plan.require_quantized()
+    wanted = {p.path for p in plan.layers if p.quantization is not None}
+    layers = [f for f in found if f.layer.path in wanted and f.has_rows]
+    run = (lambda m, batch: m(batch)) if call is None else call
+    seen = sensitivities(model, layers, list(batches), loss=loss, call=run)
+    table = []
+    for i, each in enumerate(layers, 1):
+        path = each.layer.path
+        if path not in seen:
+            raise ValueError(f"layer {path!r} is not called with these batches")
+        table.append(_choices(each, seen[path], choices))
+        if progress is not None:
+            progress(i, len(layers))
+    weights = sum(_count(each) for each in layers)
+    chosen = choose(table, budget * weights / 8)
+    return Allocation(
+        tuple((f.layer.path, c.quantization) for f, c in zip(layers, chosen, strict=True)),
+        8 * sum(c.nbytes for c in chosen) / weights,
+        sum(c.loss for c in chosen),
+        tuple(
+            (8 * sum(c.nbytes for c in each) / weights, sum(c.loss for c in each))
+            for each in path_of(table)
+        ),
+    )
+
+
+def _count(found: Found) -> int:
+    assert found.layer.matrix is not None
+    return math.prod(found.layer.matrix)
+
+
+def _choices(
+    found: Found, sensitivity: Sensitivity, choices: Sequence[Quantization]
+) -> list[Choice]:
+    errors: dict[Quantization, float] = {}
+    result = []
+    for quantization in choices:
+        assert quantization.weights is not None
+        like = dataclasses.replace(quantization, weights=REFERENCE_BITS, scales="mse")
+        if like not in errors:
+            errors[like] = _loss(found, sensitivity, like)
+        ratio = DISTORTION[quantization.weights] / DISTORTION[REFERENCE_BITS]
+        nbytes = found.layer.packed_nbytes(quantization)
+        result.append(Choice(quantization, nbytes, ratio * errors[like]))
+    return result
+
+
+def _loss(found: Found, sensitivity: Sensitivity, quantization: Quantization) -> float:
+    """``sum_n outputs[n] (e_n' inputs e_n) / 2`` for the error e of the weight at these bits."""
+    weights = found.layer.matrices(found.layer.weight)
+    rotation, inputs = quantization.rotation(weights.shape[0]), sensitivity.inputs
+    if rotation is not None:
+        inputs = rotation.apply(rotation.apply(inputs).T)
+    zeros = jnp.zeros(weights.shape[0])
+    moments = Moments(inputs, inputs, zeros, zeros, jnp.float32(jnp.inf))
+    solution = solve(weights, moments, quantization, Method(sweeps=1, cross=0.0))
+    return float(_weighted(solution.difference, inputs, sensitivity.outputs))
+
+
+@jax.jit
+def _weighted(errors: jax.Array, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
+    return 0.5 * (outputs * (errors * (inputs @ errors)).sum(0)).sum()
