@@ -11,6 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
 
 from .format import WORD_BITS, namespace, words
@@ -91,6 +92,10 @@ def hadamard(x: Any, block: int) -> Any:
     log2(block) rounds of sums and differences at distance 1, 2, 4, ..., then one product with
     ``1 / sqrt(block)``; every implementation keeps this order, so results agree bit for bit.
     """
+    return _transform(x, block) if namespace(x) is np else _compiled_transform(x, block)
+
+
+def _transform(x: Any, block: int) -> Any:
     xp = namespace(x)
     shape = x.shape
     h = 1
@@ -100,3 +105,7 @@ def hadamard(x: Any, block: int) -> Any:
         x = xp.stack([a + b, a - b], axis=-2).reshape(shape)
         h *= 2
     return x * np.float32(1 / math.sqrt(block))
+
+
+_compiled_transform = jax.jit(_transform, static_argnums=1, inline=True)
+"""For eager JAX, which would compile each operation of each round for itself."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import quick
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -41,16 +42,22 @@ def test_planes_hold_the_bits_of_python_integers(case: tuple[np.ndarray, int]) -
 @pytest.mark.parametrize("lead", [(), (2,), (2, 0, 3)])
 def test_jax_packs_as_numpy(k: int, lead: tuple[int, ...]) -> None:
     rng = np.random.default_rng(k)
+    codes = {bits: rng.integers(0, 2**bits, (*lead, 3, k), np.uint8) for bits in BITS}
+    planes = {bits: fmt.pack_planes(codes[bits], bits) for bits in BITS}
+
+    @quick.jit
+    def run(codes: dict[int, jax.Array], planes: dict[int, jax.Array]) -> tuple[dict, dict]:
+        return (
+            {bits: fmt.pack_planes(u, bits) for bits, u in codes.items()},
+            {bits: fmt.unpack_planes(p, k) for bits, p in planes.items()},
+        )
+
+    packed, unpacked = run(codes, planes)
     for bits in BITS:
-        codes = rng.integers(0, 2**bits, (*lead, 3, k), np.uint8)
-        planes = fmt.pack_planes(codes, bits)
-        packed = jax.jit(fmt.pack_planes, static_argnums=1)(codes, bits)
-        assert isinstance(packed, jax.Array)
-        assert packed.dtype == jnp.uint32
-        np.testing.assert_array_equal(packed, planes)
-        unpacked = jax.jit(fmt.unpack_planes, static_argnums=1)(planes, k)
-        assert unpacked.dtype == jnp.uint8
-        np.testing.assert_array_equal(unpacked, codes)
+        assert packed[bits].dtype == jnp.uint32
+        assert unpacked[bits].dtype == jnp.uint8
+        np.testing.assert_array_equal(packed[bits], planes[bits])
+        np.testing.assert_array_equal(unpacked[bits], codes[bits])
 
 
 def test_padding_bits_are_zero() -> None:

@@ -35,20 +35,20 @@ def random_tensor(
 @pytest.mark.parametrize("leading", [(), (2,)])
 def test_concatenate(columns: tuple, prepared: bool, offsets: bool, leading: tuple) -> None:
     rng = np.random.default_rng(0)
-    parts = []
-    for n in columns:
-        codes = rng.integers(0, 8, (*leading, n, 64), np.uint8)
-        scales = rng.uniform(0.01, 1, (*leading, n, 2)).astype(np.float16)
-        parts.append(
-            ap.QuantizedTensor.from_codes(codes, scales, -scales if offsets else None, bits=3)
-        )
-    expected = np.concatenate([np.asarray(w.dequantize()) for w in parts], axis=-1)
-    joined = ap.concatenate([w.prepare() for w in parts] if prepared else parts)
+
+    def pack(codes: np.ndarray, scales: np.ndarray) -> ap.QuantizedTensor:
+        w = ap.QuantizedTensor.from_codes(codes, scales, -scales if offsets else None, bits=3)
+        return w.prepare() if prepared else w
+
+    codes = [rng.integers(0, 8, (*leading, n, 64), np.uint8) for n in columns]
+    scales = [rng.uniform(0.01, 1, (*leading, n, 2)).astype(np.float16) for n in columns]
+    parts = [pack(c, s) for c, s in zip(codes, scales, strict=True)]
+    expected = pack(np.concatenate(codes, axis=-2), np.concatenate(scales, axis=-2))
+    joined = ap.concatenate(parts)
     assert joined.prepared == prepared
     assert joined.shape == (*leading, 64, sum(columns))
-    np.testing.assert_array_equal(joined.dequantize(), expected)
-    inside = jax.jit(lambda parts: ap.concatenate(parts).dequantize())(parts)
-    np.testing.assert_array_equal(inside, expected)
+    jax.tree.map(np.testing.assert_array_equal, joined, expected)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(ap.concatenate)(parts), expected)
 
 
 def test_concatenate_says_what_differs() -> None:
@@ -240,6 +240,7 @@ def test_prepared_words_hold_fields(bits: int) -> None:
 @pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 96])
 def test_prepared_tensors_are_restored(lead: tuple[int, ...], n: int) -> None:
     rng = np.random.default_rng(n)
+    tensors = []
     for bits, offsets in ((1, False), (3, True), (4, True), (7, False)):
         codes = rng.integers(0, 2**bits, (*lead, n, 96), np.uint8)
         scales = rng.uniform(0.1, 1, (*lead, n, 3)).astype(np.float16)
@@ -252,14 +253,23 @@ def test_prepared_tensors_are_restored(lead: tuple[int, ...], n: int) -> None:
         assert w.restore() is w
         assert prepared.restore().columns is None
         jax.tree.map(np.testing.assert_array_equal, prepared.restore(), w)
-        np.testing.assert_array_equal(prepared.dequantize(), w.dequantize())
-        jitted = jax.jit(lambda t: t.prepare())(w)
-        jax.tree.map(np.testing.assert_array_equal, jitted, prepared)
         fewer = prepared.truncate(1)
         assert fewer.prepared
         jax.tree.map(np.testing.assert_array_equal, fewer.restore(), w.truncate(1))
         if n % 32 == 0:
             assert prepared.nbytes == w.nbytes
+        tensors.append((w, prepared))
+    found = jax.jit(lambda pairs: [(p.restore(), w.prepare()) for w, p in pairs])(tensors)
+    jax.tree.map(np.testing.assert_array_equal, found, tensors)
+
+
+@pytest.mark.parametrize("offsets", [False, True])
+def test_prepared_tensors_dequantize_as_others(offsets: bool) -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 8, (2, 33, 96), np.uint8)
+    scales = rng.uniform(0.1, 1, (2, 33, 3)).astype(np.float16)
+    w = ap.QuantizedTensor.from_codes(codes, scales, scales if offsets else None, bits=3)
+    np.testing.assert_array_equal(w.prepare().dequantize(), w.dequantize())
 
 
 def test_prepared_fields_that_do_not_fit_are_refused() -> None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import quick
 
 import jax_anyprec as ap
 from jax_anyprec import _native
@@ -280,9 +281,9 @@ def test_prepared_tensors_transform_as_others(kind: str, act_bits: int | None) -
         floats = {"scales": w.scales}
         if w.offsets is not None:
             floats["offsets"] = w.offsets
-        return jax.jit(jax.grad(loss, (0, 1)))(x, floats, w)
+        return quick.jit(jax.grad(loss, (0, 1)))(x, floats, w)
 
-    @jax.jit
+    @quick.jit
     def maps(w: ap.QuantizedTensor, stacked: ap.QuantizedTensor) -> Any:
         return jax.vmap(run)(xs, stacked), jax.vmap(run, (0, None))(xs, w)
 
@@ -304,7 +305,7 @@ def derivatives(args: list[Any]) -> Any:
             only = lambda a: f(*args[:i], a, *args[i + 1 :])  # noqa: E731
             return jax.jvp(only, [args[i]], [tangents[i]])[1]
 
-        @jax.jit
+        @quick.jit
         def run(args: Any, tangents: Any) -> Any:
             return {
                 "jvp": jax.jvp(f, args, tangents),
@@ -348,11 +349,11 @@ def test_second_derivatives(kind: str, act_bits: int | None) -> None:
                 full[i] = a
             return jax.grad(loss(h), wrt)(*full)
 
-        return jax.jit(lambda *a: jax.jvp(along, a, direction)[1])(*(args[i] for i in wrt))
+        return quick.jit(lambda *a: jax.jvp(along, a, direction)[1])(*(args[i] for i in wrt))
 
     close(product(f), product(g))
     reverse = [
-        jax.jit(jax.grad(lambda x, h=h: jax.grad(loss(h))(x, *args[1:]).sum()))(args[0])
+        quick.jit(jax.grad(lambda x, h=h: jax.grad(loss(h))(x, *args[1:]).sum()))(args[0])
         for h in (f, g)
     ]
     close(*reverse)
@@ -368,7 +369,7 @@ def test_linear_transpose_in_x(prepared: bool) -> None:
     matrices = np.asarray(ws.dequantize())
     ct = normal(2, M, N)
 
-    @jax.jit
+    @quick.jit
     def transposed(ct: Any, ws: ap.QuantizedTensor) -> Any:
         of = lambda f, x, w, ct: jax.linear_transpose(lambda x: f(x, w), x)(ct)[0]  # noqa: E731
         w = at(ws, 0)
@@ -414,7 +415,7 @@ def test_gradients_keep_their_dtypes(dtype: str, act_bits: int | None) -> None:
     x, bias = jnp.asarray(normal(M, K), dtype), jnp.asarray(normal(N), "float16")
     args = (x, w.scales, w.offsets, bias)
     loss = lambda *a: quantized(w, act_bits)(*a).sum().astype("float32")  # noqa: E731
-    grads = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*args)
+    grads = quick.jit(jax.grad(loss, (0, 1, 2, 3)))(*args)
     for value, grad in zip(args, grads, strict=True):
         assert grad.dtype == value.dtype
         assert grad.shape == value.shape
@@ -459,7 +460,7 @@ def test_derivatives_of_nested_maps(act_bits: int | None) -> None:
             gradient = jax.grad(lambda *a: jnp.sin(f(*a)).sum(), (0, 1, 2, 3))
             return jax.jvp(f, args, directions), jax.jvp(gradient, args, directions)
 
-        return jax.jit(run)(args, directions)
+        return quick.jit(run)(args, directions)
 
     expected = derive(looped)
     for mode in (contextlib.nullcontext(), jax.enable_x64(True), jax.debug_nans(True)):
@@ -474,8 +475,8 @@ def test_vmap_of_gradients_of_scales() -> None:
     w = tensor(offsets=True)
     xs, args = normal(3, M, K), (w.scales, w.offsets, normal(N))
     gradient = lambda f: jax.grad(lambda *a: jnp.sin(f(*a)).sum(), (1, 2, 3))  # noqa: E731
-    found = jax.jit(jax.vmap(gradient(quantized(w, 8)), (0, None, None, None)))(xs, *args)
-    expected = jax.jit(jax.vmap(gradient(rounded(w, 8)), (0, None, None, None)))(xs, *args)
+    found = quick.jit(jax.vmap(gradient(quantized(w, 8)), (0, None, None, None)))(xs, *args)
+    expected = quick.jit(jax.vmap(gradient(rounded(w, 8)), (0, None, None, None)))(xs, *args)
     close(found, expected)
 
 
@@ -539,7 +540,7 @@ def test_scan_over_stacked_layers(prepared: bool) -> None:
             x, _ = step(x, at(stacked, i))
         return x
 
-    derive = lambda f: jax.jit(jax.value_and_grad(lambda *a: (f(*a) ** 2).sum(), (0, 1)))  # noqa: E731
+    derive = lambda f: quick.jit(jax.value_and_grad(lambda *a: (f(*a) ** 2).sum(), (0, 1)))  # noqa: E731
     x = normal(M, K)
     found, expected = (derive(f)(x, layers.scales) for f in (scanned, unrolled))
     close(found, expected)
@@ -574,7 +575,7 @@ def test_zero_sizes_and_their_gradients(sizes: tuple[int, int, int], implementat
         y = f(x, bias)
         assert y.shape == (m, n)
         np.testing.assert_allclose(y, 2 + k, rtol=1e-5)
-        dx, db = jax.jit(jax.grad(lambda x, b: f(x, b).sum(), (0, 1)))(x, bias)  # noqa: B023
+        dx, db = quick.jit(jax.grad(lambda x, b: f(x, b).sum(), (0, 1)))(x, bias)  # noqa: B023
         np.testing.assert_allclose(dx, np.full((m, k), n), rtol=1e-5)
         np.testing.assert_allclose(db, np.full(n, m))
 
