@@ -223,14 +223,23 @@ __device__ inline void end_group(const Gemm& p, const Place& at, int group, bool
                                  bool counted, Engine& engine, Y& y) {
   constexpr int kStrips = Config::kShape.strips, kSlices = Config::kShape.slices;
   auto& t = engine.t;
-  Factors<kStrips, kSlices> factors;
+  // A strip at a time has fewer factors in registers.
   auto add = [&](const auto& sum) {
-    for_sums<kStrips, kSlices>([&](int i, int s, int c) {
-      y[i][s][c] = factors.add(y[i][s][c], i, s, c, sum(t[i][s][c]));
-    });
+#pragma unroll
+    for (int i = 0; i < kStrips; ++i) {
+      Factors<1, kSlices> factors;
+      Place strip = {at.column(i), at.first_row};
+      if constexpr (Config::kMethod == Method::kFloat) {
+        factors.template load_floats<Config::kBits>(p, strip, group, with_sums);
+      } else {
+        factors.template load_codes<Config::kBits>(p, strip, group, with_sums);
+      }
+      for_sums<1, kSlices>([&](int, int s, int c) {
+        y[i][s][c] = factors.add(y[i][s][c], 0, s, c, sum(t[i][s][c]));
+      });
+    }
   };
   if constexpr (Config::kMethod == Method::kFloat) {
-    factors.template load_floats<Config::kBits>(p, at, group, with_sums);
     add([](float x) { return x; });
     fill(t, 0.0f);
   } else {
@@ -239,13 +248,10 @@ __device__ inline void end_group(const Gemm& p, const Place& at, int group, bool
       store_integers<Config::kBits, kStrips, kSlices>(
           p, at, group, act_unit(p.act_bits),
           [&](int i, int s, int c) { return t[i][s][c] - zero; });
+    } else if (counted) {
+      add([](int32_t x) { return __int_as_float(x) - kCountedFrom; });
     } else {
-      factors.template load_codes<Config::kBits>(p, at, group, with_sums);
-      if (counted) {
-        add([](int32_t x) { return __int_as_float(x) - kCountedFrom; });
-      } else {
-        add([](int32_t x) { return static_cast<float>(x); });
-      }
+      add([](int32_t x) { return static_cast<float>(x); });
     }
     fill(t, zero);
   }

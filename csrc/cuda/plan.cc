@@ -31,8 +31,8 @@ double efficiency(Tile tile) {
 // A part of a split product has at least so many blocks of K, so that copies run ahead for most of
 // its time, and results are split in so many parts at most, because each is written and read.
 constexpr int64_t kLeastSplitBlocks = 16, kMostSplits = 16;
-// Products of few rows: blocks that a multiprocessor has at once, by their registers, and the part of
-// the chip that must be busy, over all waves of blocks.
+// Products of few rows: blocks that a multiprocessor has at once, by their registers, and the part
+// of the chip that must be busy, over all waves of blocks.
 constexpr int64_t kStreamBlocks = 2;
 constexpr double kBusy = 0.75;
 // Stages that a warp has where not all blocks run at once: with fewer, little is under way.
@@ -90,8 +90,8 @@ int stream_splits(Method method, const Problem& p, const Device& device) {
   return static_cast<int>(std::max<int64_t>(1, splits));
 }
 
-// Who quantizes a single row; a comparison on a GPU may well move this. Blocks that run at once do it
-// while their first weights are on the way. Where they come in several waves, each would do it
+// Who quantizes a single row; a comparison on a GPU may well move this. Blocks that run at once do
+// it while their first weights are on the way. Where they come in several waves, each would do it
 // again; a launch before does it once, at the same time as first weights are copied. Without
 // dependent launches nothing runs at the same time, so blocks quantize in any case.
 bool quantizes_row(Method method, const Problem& p, const Device& device, int splits) {

@@ -21,8 +21,8 @@ __device__ inline uint64_t evict_first() {
 // 16 bytes by a policy. Neighbours up to 256 bytes come to the L2 cache with them.
 __device__ inline void copy_async(void* to, const void* from, uint64_t policy) {
   auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2;" ::"r"(shared),
-               "l"(from), "l"(policy)
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2;"
+               ::"r"(shared), "l"(from), "l"(policy)
                : "memory");
 }
 // Brings what lies at `at` to the L2 cache.
@@ -52,10 +52,10 @@ __device__ inline void wait_copies(int left) {
 // --- compute capability 9.0 and newer: launches that begin early, and clusters of blocks ---
 
 // Once all blocks of a launch have called begin_next_launch(), or ended, the next one may begin, if
-// it is a dependent one (launch.h). Until wait_for_launch_before() returns to a thread, it reads only
-// what was there before the operation, which are weights, and writes nothing to global memory. Then
-// the launch before has ended, and its results can be seen. That one waited as well, so all earlier
-// ones have ended too: nobody still reads what is now overwritten.
+// it is a dependent one (launch.h). Until wait_for_launch_before() returns to a thread, it reads
+// only what was there before the operation, which are weights, and writes nothing to global memory.
+// Then the launch before has ended, and its results can be seen. That one waited as well, so all
+// earlier ones have ended too: nobody still reads what is now overwritten.
 __device__ inline void begin_next_launch() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -129,8 +129,8 @@ class WarpStream {
   const uint4* values_;
 };
 
-// Brings scales, offsets and bias to the L2 cache, so that ends of groups don't wait for memory: those
-// of the block's columns, for words first .. last - 1 of K.
+// Brings scales, offsets and bias to the L2 cache, so that ends of groups don't wait for memory:
+// those of the block's columns, for words first .. last - 1 of K.
 template <typename Config>
 __device__ inline void prefetch_factors(const Gemm& p, int first, int last) {
   int lane = threadIdx.x % kWarp, last_group = min(p.groups, (last - 1) / p.group_words + 1) - 1;

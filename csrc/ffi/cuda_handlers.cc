@@ -103,8 +103,9 @@ Plan read_plan(const Problem& p, std::string_view method, std::string_view tile,
   check_plan(p, plan);
   if (clustered && !device.clusters) {
     throw std::invalid_argument(
-        "this program splits K over clusters of blocks, for which a GPU must have compute capability "
-        "9.0 or newer, and the kernels be compiled for that: compile the program for this GPU");
+        "this program splits K over clusters of blocks, for which a GPU must have compute "
+        "capability 9.0 or newer, and the kernels be compiled for that: compile the program for this "
+        "GPU");
   }
   return plan;
 }

@@ -233,7 +233,7 @@ struct Chip {
   Device device() const { return {arch, multiprocessors, arch >= 90}; }
 };
 
-// NVIDIA's data sheets and architecture whitepapers; shared memory from the CUDA C++ Programming Guide.
+// NVIDIA's data sheets and whitepapers; shared memory from the CUDA C++ Programming Guide.
 constexpr Chip kChips[] = {
     {"A100 40GB", 80, 108, 1.555e12, 164 << 10}, {"A100 80GB", 80, 108, 2.039e12, 164 << 10},
     {"RTX 3090", 86, 82, 0.936e12, 100 << 10},   {"RTX 4090", 89, 128, 1.008e12, 100 << 10},
@@ -241,7 +241,7 @@ constexpr Chip kChips[] = {
     {"H200", 90, 132, 4.8e12, 228 << 10},        {"B200", 100, 148, 8.0e12, 228 << 10},
     {"RTX 5090", 120, 170, 1.792e12, 100 << 10},
 };
-// Microbenchmarks measure 500 to 600 cycles for a load from memory that is idle; a busy one is slower.
+// Microbenchmarks measure 500 to 600 cycles for a load from idle memory; from busy memory it is more.
 constexpr double kLatency = 800e-9;
 
 struct Decode {
@@ -312,8 +312,8 @@ void check_flow(const Chip& chip, const Problem& p, const Flow& flow) {
   check(flow.blocks >= least * chip.multiprocessors, what + ": too few blocks");
 }
 
-// With `table` prints for 1 to 8 bits: blocks for each multiprocessor, and bytes under way over those
-// needed.
+// With `table` prints for 1 to 8 bits: blocks for each multiprocessor, and bytes under way over
+// those needed.
 void test_decode(bool table) {
   for (const Chip& chip : kChips) {
     for (const Decode& shape : kDecode) {
