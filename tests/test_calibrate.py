@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import jax_anyprec as ap
+from jax_anyprec.calibrate.allocate import Choice, choose, path_of
 from jax_anyprec.calibrate.moments import Inputs, Moments, add
 from jax_anyprec.calibrate.solve import Method, solve
 
@@ -172,10 +173,130 @@ def test_models_keep_their_outputs(quantization):
     assert "blocks/2/down" in str(report)
 
 
-def test_the_same_again():
-    def weights():
-        report = ap.calibrate_model(Model(blocks=2), FLOAT, batches(2))
-        return jax.tree.leaves(nnx.state(report.model))
+def leaves(model):
+    return jax.tree.leaves(nnx.state(model))
 
-    for a, b in zip(weights(), weights(), strict=True):
+
+def test_interrupted_calibrations_go_on_and_load(tmp_path):
+    """What is kept, gone on with and loaded is, bit for bit, what is made at once."""
+    data = batches(2)
+    at_once = ap.calibrate_model(Model(), FLOAT, data)
+
+    def stop(done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ap.calibrate_model(Model(), FLOAT, data, store=tmp_path, progress=stop)
+    steps = []
+    resumed = ap.calibrate_model(
+        Model(), FLOAT, data, store=tmp_path, progress=lambda *step: steps.append(step)
+    )
+    assert resumed.layers == at_once.layers
+    assert len(steps) == 10
+    loaded = ap.calibrate.load_calibrated(Model(), tmp_path)
+    for model in (resumed.model, loaded):
+        for a, b in zip(leaves(model), leaves(at_once.model), strict=True):
+            np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="holds a calibration of another model"):
+        ap.calibrate_model(Model(), FLOAT, batches(3), store=tmp_path)
+    with pytest.raises(ap.CheckpointError, match="another model"):
+        ap.calibrate.load_calibrated(Model(width=128), tmp_path)
+
+
+class Odd(nnx.Module):
+    """Layers that can't be calibrated, and one that is not called."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(100, 32, rngs=rngs)
+        self.general = nnx.LinearGeneral((4, 8), (2, 16), axis=(-2, -1), rngs=rngs)
+        self.einsum = nnx.Einsum("rb,bc->rc", (32, 32), (32,), rngs=rngs)
+        self.experts = nnx.Einsum("erk,ekn->ern", (2, 32, 32), rngs=rngs)
+        self.unused = nnx.Linear(32, 32, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        x = self.general(x.reshape(*x.shape[:-1], 4, 8)).reshape(-1, 32)
+        x = self.einsum(x)
+        return self.experts(jnp.stack([x, x]))
+
+
+def test_what_cannot_be_calibrated_is_rounded_and_said():
+    tokens = [jnp.asarray(np.random.default_rng(0).integers(0, 100, (8, 40)))]
+    rules = {"embed": FLOAT, "**": FLOAT}
+    report = ap.calibrate_model(Odd(), rules, tokens)
+    fallbacks = {layer.path: layer.fallback for layer in report.layers}
+    assert fallbacks["general"] is None
+    assert fallbacks["einsum"] is None
+    for path in ("embed", "experts", "unused"):
+        assert "not called" in fallbacks[path]
+        assert f"{path}" in str(report)
+    few = ap.calibrate_model(Odd(), FLOAT, [tokens[0][:1, :2]])
+    assert "2 inputs are too few" in {x.path: x.fallback for x in few.layers}["einsum"]
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="must hold at least one"):
+        ap.calibrate_model(Model(), FLOAT, [])
+    with pytest.raises(TypeError, match=r"model must be a flax\.nnx\.Module, got int"):
+        ap.calibrate_model(3, FLOAT, batches(1))
+    bad = batches(2)
+    bad[1] = bad[1].at[3, 4].set(jnp.nan)
+    with pytest.raises(ValueError, match="inputs of layer 'blocks/0/gate' are not finite"):
+        ap.calibrate_model(Model(), FLOAT, bad)
+    with pytest.raises(ValueError, match="no layer would be quantized"):
+        ap.calibrate_model(Model(), {"**": None}, batches(1))
+
+
+def test_allocations_are_the_best_of_all():
+    """Against all combinations: nothing of at most the chosen size loses less (on the hull)."""
+    rng = np.random.default_rng(5)
+    table = [
+        [
+            Choice(ap.Quantization(weights=b), int(size * b), float(cost * 4.0**-b))
+            for b in (1, 2, 3, 4)
+        ]
+        for size, cost in zip(rng.integers(50, 200, 5), rng.uniform(0.1, 10, 5), strict=True)
+    ]
+    for each in path_of(table):
+        size, lost = sum(c.nbytes for c in each), sum(c.loss for c in each)
+        for other in itertools.product(*table):
+            if sum(c.nbytes for c in other) <= size:
+                assert sum(c.loss for c in other) >= lost * (1 - 1e-9)
+    chosen = choose(table, 1200)
+    assert sum(c.nbytes for c in chosen) <= 1200
+    with pytest.raises(ValueError, match="budget must be at least"):
+        choose(table, 10)
+
+
+def test_bits_go_where_they_matter():
+    """The layer whose outputs are multiplied by 10 gets more bits than its like."""
+
+    class Two(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.loud, self.quiet = (nnx.Linear(64, 64, rngs=rngs) for _ in range(2))
+
+        def __call__(self, x):
+            return 10 * self.loud(x) + self.quiet(x)
+
+    choices = [ap.Quantization(weights=b, activations=None) for b in (2, 4, 6)]
+    data = [jnp.asarray(inputs(np.random.default_rng(0), 256, 64))]
+    found = ap.calibrate.allocate_bits(Two(), data, budget=4.6, choices=choices)
+    bits = {path: quantization.weights for path, quantization in found.rules}
+    assert bits == {"loud": 6, "quiet": 2}
+    assert found.bits <= 4.6
+    losses = [loss for _, loss in found.frontier]
+    assert losses == sorted(losses, reverse=True)
+    # What is expected is what happens: half the squared error of the output, for this loss.
+    model = ap.quantize_model(Two(), found.rules)
+    measured = 0.5 * float(((model(data[0]) - Two()(data[0])) ** 2).sum(-1).mean())
+    assert 0.5 < found.loss / measured < 1.5
+    assert "bits a weight" in str(found)
+
+
+def test_the_same_again():
+    first, second = (ap.calibrate_model(Model(), FLOAT, batches(2)).model for _ in range(2))
+    for a, b in zip(leaves(first), leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..rules import Rules
+from .allocate import Allocation, allocate_bits
 from .report import CalibratedLayer, CalibrationReport
+from .sensitivity import projected_loss, sampled_loss
 from .solve import Method
+from .store import load_calibrated
 
-__all__ = ["CalibratedLayer", "CalibrationReport", "Method", "calibrate_model"]
+__all__ = [
+    "Allocation",
+    "CalibratedLayer",
+    "CalibrationReport",
+    "Method",
+    "allocate_bits",
+    "calibrate_model",
+    "load_calibrated",
+    "projected_loss",
+    "sampled_loss",
+]
 
 
 def calibrate_model(
@@ -20,6 +34,7 @@ def calibrate_model(
     call: Callable[[Any, Any], Any] | None = None,
     method: Method | None = None,
     progress: Callable[[int, int], None] | None = None,
+    store: str | os.PathLike[str] | None = None,
 ) -> CalibrationReport:
     """Quantize a model so that its outputs change least on `batches`.
 
@@ -35,6 +50,9 @@ def calibrate_model(
       call: ``call(model, batch)`` runs the model; None for ``model(batch)``.
       method: how codes and scales are found; None for what measured best.
       progress: called with the layers done so far and their number.
+      store: a folder in which each block is kept when it is done; what is there already, of the
+        same model, rules and batches, is taken from it. `load_calibrated` loads it. None keeps
+        nothing.
 
     Returns:
       A `CalibrationReport`; printed, a table. Layers that no input reaches, or whose inputs are no
@@ -42,8 +60,8 @@ def calibrate_model(
 
     Raises:
       TypeError: the model is no `flax.nnx.Module`.
-      ValueError: there are no batches, a rule does not fit, or inputs of a layer are not finite:
-        layers before that one have been quantized.
+      ValueError: there are no batches, `store` is of another calibration, a rule does not fit, or
+        inputs of a layer are not finite: layers before that one have been quantized.
     """
     from flax import nnx
 
@@ -61,6 +79,7 @@ def calibrate_model(
         method=Method() if method is None else method,
         call=(lambda m, batch: m(batch)) if call is None else call,
         progress=(lambda done, total: None) if progress is None else progress,
+        store=store,
     )
     calibration.run()
     return CalibrationReport(calibration.model, tuple(calibration.done))

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ..nnx.convert import Found, find
+from ..nnx.packed import Packed
+from ..nnx.references import held
 from ..plan import Layer, make_plan
 from ..quantization import Quantization
 from ..rules import Rules
@@ -20,6 +26,7 @@ from .moments import Inputs, Moments, add
 from .observe import Run, input_of, inputs_of, order
 from .report import CalibratedLayer
 from .solve import Method, solve
+from .store import Part, Store, put
 
 LEAST_ROWS = 8
 """A weight of K rows is calibrated on at least K / LEAST_ROWS inputs; damping does the rest."""
@@ -43,6 +50,7 @@ class Calibration:
       batches: what `call` takes.
       call: runs the model on a batch.
       progress: called with the layers done so far and their number.
+      store: where parts that are done are kept and found, or None.
     """
 
     def __init__(
@@ -54,6 +62,7 @@ class Calibration:
         method: Method,
         call: Call,
         progress: Progress,
+        store: str | os.PathLike[str] | None,
     ):
         found = find(model)
         plan = make_plan([f.layer for f in found], rules, errors=False)
@@ -64,11 +73,15 @@ class Calibration:
         self.done: list[CalibratedLayer] = []
         self.model, self.batches, self.method = model, batches, method
         self.call, self.progress, self.total = call, progress, len(self.todo)
+        self._store = None if store is None else Store(store, self._key())
         self._reference = nnx.clone(model)
 
     def run(self) -> None:
         """Calibrate all layers: blocks in their order, then what lies outside of them."""
         self._run_blocks()
+        self._part("", self._run_rest)
+
+    def _run_rest(self) -> None:
         runs = [
             Runs(
                 functools.partial(self.call, self.model, batch),
@@ -80,6 +93,29 @@ class Calibration:
         for found in find(self.model):
             if found.layer.path in self.todo:
                 self._round(found, "its inputs are no rows of one matrix, or it is not called")
+
+    def _part(self, name: str, run: Callable[[], None]) -> None:
+        """Do a part of the layers, or take it from the store."""
+        if self._store is not None and name in self._store:
+            part = self._store.read(name)
+            self.model = put(self.model, part, str(self._store.path))
+            for layer in part.layers:
+                self._finish(layer)
+            return
+        first = len(self.done)
+        run()
+        layers = tuple(self.done[first:])
+        if self._store is not None and layers:
+            modules = {f.layer.path: f.module for f in find(self.model)}
+            weights = tuple(_weights(modules[layer.path]) for layer in layers)
+            self._store.write(name, Part(layers, weights))
+
+    def _key(self) -> str:
+        """What the result depends on, in short."""
+        digest = hashlib.sha256(repr((self.todo, self.method)).encode())
+        for leaf in jax.tree.leaves((nnx.state(self.model), self.batches)):
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
 
     def _run_blocks(self) -> None:
         references = find_blocks(self.model, list(self.todo))
@@ -95,7 +131,10 @@ class Calibration:
                 )
                 for batch, (output, exact_output) in zip(self.batches, outputs, strict=True)
             ]
-            self._calibrate(packed.node, exact.node, f"{packed.path}/", runs)
+            calibrate = functools.partial(
+                self._calibrate, packed.node, exact.node, f"{packed.path}/", runs
+            )
+            self._part(packed.path, calibrate)
             outputs = [(run.packed(), run.exact()) for run in runs]
 
     def _calibrate(self, module: Any, exact: Any, prefix: str, runs: list[Runs]) -> None:
@@ -137,18 +176,19 @@ class Calibration:
         if bias is not None and self.method.correct_bias:
             bias.set_value((bias[...] + shift.reshape(bias[...].shape)).astype(bias[...].dtype))
         self._replace(found, path, weight)
-        self._finish(path, rows, error, None)
+        self._finish(CalibratedLayer(path, quantization, rows, error, None))
 
     def _round(self, found: Found, reason: str) -> None:
-        self._replace(found, found.layer.path, None)
-        self._finish(found.layer.path, 0, None, reason)
+        path = found.layer.path
+        self._replace(found, path, None)
+        self._finish(CalibratedLayer(path, self.todo[path], 0, None, reason))
 
     def _replace(self, found: Found, path: str, weight: QuantizedTensor | None) -> None:
         self.model = found.convert(self.model, self.todo[path], weight)
 
-    def _finish(self, path: str, rows: int, error: float | None, fallback: str | None) -> None:
-        quantization = self.todo.pop(path)
-        self.done.append(CalibratedLayer(path, quantization, rows, error, fallback))
+    def _finish(self, layer: CalibratedLayer) -> None:
+        del self.todo[layer.path]
+        self.done.append(layer)
         self.progress(len(self.done), self.total)
 
 
@@ -157,6 +197,14 @@ def _moments(rows: Sequence[tuple[Any, Any]], inputs: Inputs) -> Moments:
     for x, f in rows:
         moments = add(moments, x, f, inputs=inputs)
     return moments
+
+
+def _weights(module: Any) -> dict[str, Any]:
+    """The packed weight and the bias of a packed layer."""
+    packed = next(value for _, value in held(module) if isinstance(value, Packed))
+    weights = {"kernel": packed.get_value().restore()}
+    bias = getattr(module, "bias", None)
+    return weights if bias is None else {**weights, "bias": bias[...]}
 
 
 def pack(
@@ -172,4 +220,4 @@ def pack(
         bits=quantization.weights,
         rotation=quantization.rotation(weights.shape[0]),
     )
-    return tensor, solution.shift, float(solution.error)
+    return tensor.prepare(), solution.shift, float(solution.error)

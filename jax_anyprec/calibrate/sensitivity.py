@@ -37,19 +37,21 @@ class Sensitivity(NamedTuple):
 
 
 class _Probe(nnx.Module, pytree=False):
-    """A layer to whose output something is added; keeps the input that it saw first."""
+    """A layer to whose output something is added; keeps the input that it saw first.
+
+    Both are in a dict, because Flax lets no trace change the attributes of a module outside of it.
+    """
 
     def __init__(self, layer: Any):
         self.layer = layer
-        self.input: Any = None
-        self.added: Any = 0.0
+        self.seen: dict[str, Any] = {}
 
     def __call__(self, x: Any, *args: Any, **options: Any) -> Any:
         y = self.layer(x, *args, **options)
-        if self.input is not None:
+        if "input" in self.seen:
             return y
-        self.input = x
-        return y + self.added
+        self.seen["input"] = x
+        return y + self.seen["added"]
 
 
 def sampled_loss(logits: jax.Array, key: jax.Array) -> jax.Array:
@@ -99,9 +101,10 @@ def _derivatives(
 
     def run(added: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
         for path, probe in probes.items():
-            probe.added, probe.input = added.get(path, 0.0), None
+            probe.seen.clear()
+            probe.seen["added"] = added.get(path, 0.0)
         value = loss(call(model, batch), key)
-        return value, {path: p.input for path, p in probes.items() if p.input is not None}
+        return value, {p: x.seen["input"] for p, x in probes.items() if "input" in x.seen}
 
     with ExitStack() as stack:
         for found in layers:

@@ -1,0 +1,149 @@
+"""Calibrated layers in a folder, part by part as they are done: to go on later, and to load.
+
+``index.json`` lists the parts (a block each, say) with their layers; the packed weights and biases
+of part i are in ``part-i.safetensors`` (`jax_anyprec.save`). A part is listed when its file is
+complete, so an interrupted calibration leaves the parts before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+from flax import nnx
+
+from ..checkpoint import CheckpointError, load, save
+from ..nnx.convert import find
+from ..quantization import Quantization
+from ..safetensors import replace_files
+from ..tensor import QuantizedTensor
+from .report import CalibratedLayer
+
+INDEX = "index.json"
+FORMAT = "jax_anyprec calibration 1"
+
+Weights = Mapping[str, jax.Array | QuantizedTensor]
+"""Of one layer: "kernel", packed, and "bias" where it has one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Layers that were calibrated together, and their weights."""
+
+    layers: tuple[CalibratedLayer, ...]
+    weights: tuple[Weights, ...]
+
+
+class Store:
+    """The folder of a calibration.
+
+    Args:
+      path: of the folder, made if there is none.
+      key: says what is being calibrated, how, and on what; parts of another key are refused.
+
+    Raises:
+      ValueError: the folder is of another calibration.
+      CheckpointError: its index can't be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], key: str):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._index = _read_index(self.path) if (self.path / INDEX).exists() else _new_index(key)
+        if self._index["key"] != key:
+            raise ValueError(
+                f"{self.path} holds a calibration of another model, with other rules or on other "
+                "data; give another folder, or delete it"
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._index["parts"]
+
+    def read(self, name: str) -> Part:
+        """A part that is there."""
+        return _read_part(self.path, self._index["parts"][name])
+
+    def write(self, name: str, part: Part) -> None:
+        """Add a part, or replace it."""
+        file = f"part-{len(self._index['parts'])}.safetensors"
+        save(self.path / file, {str(i): dict(each) for i, each in enumerate(part.weights)})
+        entry = {"file": file, "layers": [_to_json(layer) for layer in part.layers]}
+        self._index["parts"][name] = entry
+        text = json.dumps(self._index, indent=1).encode()
+
+        def write_index(out: BinaryIO) -> None:
+            out.write(text)
+
+        replace_files({self.path / INDEX: write_index})
+
+
+def load_calibrated(model: nnx.Module, path: str | os.PathLike[str]) -> nnx.Module:
+    """Put calibrated layers in the places of a float model's, which is changed and returned.
+
+    Args:
+      model: as it was given to `calibrate_model`.
+      path: the folder that was given there as `store`.
+
+    Raises:
+      FileNotFoundError: there is no such folder, or no calibration in it.
+      CheckpointError: it is damaged, or of another model.
+    """
+    path = Path(path)
+    for entry in _read_index(path)["parts"].values():
+        part = _read_part(path, entry)
+        model = put(model, part, str(path))
+    return model
+
+
+def put(model: nnx.Module, part: Part, source: str) -> nnx.Module:
+    """The model with the layers of a part in their places."""
+    found = {f.layer.path: f for f in find(model)}
+    for layer, weights in zip(part.layers, part.weights, strict=True):
+        place, kernel = found.get(layer.path), weights["kernel"]
+        if place is None or place.layer.matrix != tuple(kernel.shape) or place.kind is None:
+            raise CheckpointError(f"{source} is of another model: layer {layer.path!r} differs")
+        assert isinstance(kernel, QuantizedTensor)
+        if "bias" in weights:
+            bias: Any = place.module
+            bias.bias.set_value(weights["bias"])
+        model = place.convert(model, layer.quantization, kernel.prepare())
+    return model
+
+
+def _new_index(key: str) -> dict[str, Any]:
+    return {"format": FORMAT, "key": key, "parts": {}}
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((path / INDEX).read_text())
+        if index["format"] != FORMAT or not isinstance(index["parts"], dict):
+            raise KeyError("format")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / INDEX} is no index of a calibration: {error}") from None
+    return index
+
+
+def _read_part(path: Path, entry: Any) -> Part:
+    try:
+        layers = tuple(_from_json(each) for each in entry["layers"])
+        name = Path(entry["file"]).name
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / INDEX} has a part that can't be read: {error}") from None
+    weights = load(path / name)
+    if sorted(weights, key=int) != [str(i) for i in range(len(layers))]:
+        raise CheckpointError(f"{path / name} lacks layers that {INDEX} lists, or has others")
+    return Part(layers, tuple(weights[str(i)] for i in range(len(layers))))
+
+
+def _to_json(layer: CalibratedLayer) -> dict[str, Any]:
+    return dataclasses.asdict(layer)
+
+
+def _from_json(fields: dict[str, Any]) -> CalibratedLayer:
+    return CalibratedLayer(**{**fields, "quantization": Quantization(**fields["quantization"])})
