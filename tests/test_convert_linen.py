@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import struct
 from flax.core import FrozenDict, freeze, meta
 from flax.linen.dtypes import promote_dtype
@@ -48,6 +49,15 @@ def shapes(tree: Any) -> Any:
 
 def flat(tree: Any) -> dict[str, Any]:
     return {"/".join(path): leaf for path, leaf in find.flatten(tree)}
+
+
+def init(module: nn.Module, *inputs: Any) -> Any:
+    """The variables of a module, compiled as a whole."""
+    return quick.jit(lambda: module.init(KEY, *inputs))()
+
+
+def dequantize(w: ap.QuantizedTensor) -> np.ndarray:
+    return np.asarray(quick.jit(ap.QuantizedTensor.dequantize)(w))
 
 
 def reasons(module: nn.Module, variables: Any, *inputs: Any, **options: Any) -> dict[str, str]:
@@ -96,7 +106,7 @@ def test_eight_bits_are_close_to_float(name: str, dtypes: str) -> None:
     make, shape = LAYERS[name]
     layer = make(dtype=jnp.bfloat16 if "computed" in dtypes else None)
     x = jnp.asarray(normal(*shape), "bfloat16" if dtypes in ("bfloat16", "mixed") else "float32")
-    variables = layer.init(KEY, x)
+    variables = init(layer, x)
     if dtypes == "bfloat16":  # as users cast parameters, whatever the module's param_dtype says
         variables = jax.tree.map(lambda p: p.astype(jnp.bfloat16), variables)
     quantized, packed = quantize_linen(layer, W8, variables, x)
@@ -109,7 +119,7 @@ def test_eight_bits_are_close_to_float(name: str, dtypes: str) -> None:
 
 def test_activations_are_quantized_as_the_setting_says() -> None:
     layer, x = nn.Dense(9), normal(3, D)
-    variables = layer.init(KEY, x)
+    variables = init(layer, x)
     options = ap.Quantization(3, 4, group_size=32, scales="absmax", act_scales="token")
     quantized, packed = quantize_linen(layer, options, variables, x)
     w = ap.quantize(variables["params"]["kernel"], 3, group_size=32, scales="absmax")
@@ -122,7 +132,7 @@ def test_activations_are_quantized_as_the_setting_says() -> None:
 def test_einsum_may_have_its_equation_and_output_dtype_from_the_call() -> None:
     layer = nn.Einsum((D, 5), use_bias=False, preferred_element_type=jnp.float32)
     x = jnp.asarray(normal(2, D), jnp.bfloat16)
-    variables = jax.tree.map(lambda p: p.astype(x.dtype), layer.init(KEY, x, "bd,df->bf"))
+    variables = jax.tree.map(lambda p: p.astype(x.dtype), init(layer, x, "bd,df->bf"))
     quantized, packed = quantize_linen(layer, W8, variables, x, "bd,df->bf")
     found, expected = (
         m.apply(v, x, "bd,df->bf") for m, v in ((quantized, packed), (layer, variables))
@@ -134,7 +144,7 @@ def test_einsum_may_have_its_equation_and_output_dtype_from_the_call() -> None:
 def test_a_bias_widens_what_einsum_is_asked_for() -> None:
     layer = nn.Einsum((D, 5), "bd,df->bf", preferred_element_type=jnp.bfloat16, bias_init=NORMAL)
     x = normal(2, D)
-    variables = layer.init(KEY, x)
+    variables = init(layer, x)
     quantized, packed = quantize_linen(layer, W8, variables, x)
     found, expected = quantized.apply(packed, x), layer.apply(variables, x)
     assert found.dtype == expected.dtype == jnp.float32
@@ -157,7 +167,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("rows", [1, 40])
 def test_embeddings_and_tied_heads(rows: int, dtype: Any) -> None:
     model, ids = Tied(rows, dtype), np.array([[0, rows - 1, -1], [rows, 0, 0]])
-    variables = model.init(KEY, ids)
+    variables = init(model, ids)
     rules = {"embed": ap.Quantization(weights=8, activations=None, rotate=True)}
     quantized, packed = quantize_linen(model, rules, variables, ids)
     assert packed["packed"]["embed"]["embedding"].shape == (2 * D, rows)
@@ -228,7 +238,7 @@ def as_floats(variables: Any, packed: Any, axis: int) -> Any:
             node = node.get(name, {}) if isinstance(node, dict) else {}
         if not isinstance(node, ap.QuantizedTensor):
             return original
-        floats = np.asarray(node.dequantize())
+        floats = dequantize(node)
         if floats.ndim == 2:
             return floats.reshape(original.shape)
         moved = np.moveaxis(original, axis, 0)
@@ -240,7 +250,7 @@ def as_floats(variables: Any, packed: Any, axis: int) -> Any:
 @pytest.mark.parametrize(("axis", "remat"), [(0, False), (1, True), (-1, False)])
 def test_scanned_layers(axis: int, remat: bool) -> None:
     model = Model(axis, remat)
-    variables = jax.jit(model.init)({"params": KEY, **RNGS}, IDS)
+    variables = quick.jit(model.init)({"params": KEY, **RNGS}, IDS)
     quantized, packed = quantize_linen(model, RULES, variables, IDS)
     kernels = flat(packed["packed"])
     assert {path.split("/", 1)[1] for path in kernels if path.startswith("layers")} == {
@@ -260,8 +270,8 @@ def test_scanned_layers(axis: int, remat: bool) -> None:
         return jax.grad(loss, has_aux=True)(variables["params"])
 
     floats = as_floats(variables, packed, axis)
-    grads, (found, state) = jax.jit(lambda v: step(quantized.apply, v))(packed)
-    expected_grads, (expected, expected_state) = jax.jit(lambda v: step(model.apply, v))(floats)
+    grads, (found, state) = quick.jit(lambda v: step(quantized.apply, v))(packed)
+    expected_grads, (expected, expected_state) = quick.jit(lambda v: step(model.apply, v))(floats)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), state, expected_state
@@ -274,7 +284,7 @@ def test_scanned_layers(axis: int, remat: bool) -> None:
 @pytest.fixture(scope="module")
 def converted() -> tuple[Model, Any, Quantized, Any]:
     model = Model()
-    variables = jax.jit(model.init)({"params": KEY, **RNGS}, IDS)
+    variables = quick.jit(model.init)({"params": KEY, **RNGS}, IDS)
     return model, variables, *quantize_linen(model, RULES, variables, IDS)
 
 
@@ -371,12 +381,12 @@ class Experts(nn.Module):
 @pytest.mark.parametrize(("inner", "outer"), [(0, 0), (1, 1), (0, 2), (-1, 1)])
 def test_stacks_of_stacks(inner: int, outer: int) -> None:
     model, x = Experts(inner, outer), normal(4, D)
-    variables = model.init(KEY, x)
+    variables = init(model, x)
     quantized, packed = quantize_linen(model, W8, variables, x)
     w = packed["packed"]["layers"]["experts"]["kernel"]
     assert w.shape == (2, 3, D, D)
     expected = x
-    for layer in np.asarray(w.dequantize()):
+    for layer in dequantize(w):
         expected = sum(expected @ expert for expert in layer)
     np.testing.assert_allclose(quantized.apply(packed, x), expected, rtol=1e-3, atol=1e-3)
 
@@ -395,7 +405,7 @@ def test_positions_of_stacked_axes(insertions: tuple[int, ...]) -> None:
 def test_decoding_with_a_cache() -> None:
     """The example call that makes the cache is longer than those that use it."""
     model, x = nn.MultiHeadDotProductAttention(2, decode=True), normal(1, 4, D)
-    variables = model.init(KEY, x)
+    variables = init(model, x)
     quantized, packed = quantize_linen(model, W8, variables, x)
     cache = {"cache": variables["cache"]}
     for i in range(2):
@@ -450,7 +460,7 @@ class Zoo(nn.Module):
 
 def test_reasons_for_float() -> None:
     model, x = Zoo(), normal(3, D)
-    variables = model.init(KEY, x)
+    variables = init(model, x)
     variables["params"]["unused"] = {"kernel": normal(D, D)}
     assert reasons(model, variables, x) == {
         "scaled": 'rule "**"',
@@ -475,7 +485,7 @@ class Vocab(nn.Embed):
 
 def test_subclasses_are_listed_with_their_base_and_treated_alike() -> None:
     model, ids = Vocab(40, D), np.array([1, 2])
-    variables = model.init(KEY, ids)
+    variables = init(model, ids)
     (layer,) = plan_linen(model, {"**": W8}, variables, ids).layers
     assert layer.kind == "Vocab(Embed)"
     assert layer.reason == "embedding: float unless a rule names it"
@@ -492,7 +502,7 @@ class Owning(nn.Dense):
 
 def test_matrices_beside_a_known_one_have_their_own_lines() -> None:
     model, x = Owning(D), normal(3, D)
-    variables = model.init(KEY, x)
+    variables = init(model, x)
     plan = plan_linen(model, W8, variables, x, errors=False)
     assert {layer.path: layer.reason for layer in plan.layers} == {
         "": 'rule "**"',
@@ -522,7 +532,7 @@ class Box(struct.PyTreeNode, meta.AxisMetadata[Any]):
 
 def test_weights_that_cannot_be_packed() -> None:
     layer, x = nn.Dense(D, use_bias=False), normal(2, D)
-    kernel = layer.init(KEY, x)["params"]["kernel"]
+    kernel = init(layer, x)["params"]["kernel"]
     packable = "float32, float16, bfloat16 can be packed"
     for value, reason in (
         (Box(kernel), "its box, a Box, has no names of axes to keep"),
@@ -533,7 +543,7 @@ def test_weights_that_cannot_be_packed() -> None:
         assert reasons(layer, {"params": {"kernel": value}}, x) == {"": reason}
     x = normal(3, 2, D)
     many = nn.vmap(nn.DenseGeneral, variable_axes={"params": 3}, split_rngs={"params": True})
-    variables = many((2, 5), use_bias=False).init(KEY, x)
+    variables = init(many((2, 5), use_bias=False), x)
     assert reasons(many((2, 5), use_bias=False), variables, x) == {
         "": "is stacked along axis 3; packed weights go up to 2"
     }
@@ -546,7 +556,7 @@ def test_a_plan_is_what_conversion_does(converted: Any) -> None:
     assert lines["embed"].becomes == "float"
     assert lines["layers/mlp"].shape == (2, D, D)
     assert lines["layers/mlp"].error == pytest.approx(
-        error(packed["packed"]["layers"]["mlp"]["kernel"].dequantize(),
+        error(dequantize(packed["packed"]["layers"]["mlp"]["kernel"]),
               variables["params"]["layers"]["mlp"]["kernel"]), rel=1e-3,
     )  # fmt: skip
     sizes = {k: sum(x.nbytes for x in jax.tree.leaves(v)) for k, v in packed.items()}
@@ -558,7 +568,7 @@ def test_a_plan_is_what_conversion_does(converted: Any) -> None:
 
 def test_layers_whose_trace_flax_has_kept() -> None:
     model, x = nn.jit(nn.Dense)(D), normal(2, D)
-    variables = model.init(KEY, x)
+    variables = init(model, x)
     model.apply(variables, x)
     quantized, packed = quantize_linen(model, W8, variables, x)
     assert error(quantized.apply(packed, x), model.apply(variables, x)) < 0.02
@@ -602,7 +612,7 @@ def test_calls_describe_layers_of_others() -> None:
             return FeedForward(name="mlp")(x)
 
     model, x = Net(), normal(3, D)
-    variables = model.init(KEY, x)
+    variables = init(model, x)
     unknown = "what FeedForward multiplies is unknown; `calls` can describe it"
     assert reasons(model, variables, x) == {"mlp": unknown}
     calls = {OtherEinsum.__call__: describe}
@@ -621,7 +631,7 @@ def test_calls_describe_layers_of_others() -> None:
 
 def test_bad_descriptions() -> None:
     layer, x = OtherEinsum((D, D)), normal(3, D)
-    variables = layer.init(KEY, "ab,bc->ac", x)
+    variables = init(layer, "ab,bc->ac", x)
 
     def plan(calls: Any) -> None:
         plan_linen(layer, W8, variables, "ab,bc->ac", x, calls=calls)
@@ -655,7 +665,7 @@ def test_names_of_axes_stay() -> None:
         metadata_params={nn.PARTITION_NAME: "layers"},
     )()  # fmt: skip
     x = normal(3, D)
-    variables = model.init(KEY, x, None)
+    variables = init(model, x, None)
     rules = ap.Quantization(weights=4, activations=None, group_size=32)
     quantized, packed = quantize_linen(model, rules, variables, x, None)
     assert packed["params"]["down"]["bias"] is variables["params"]["down"]["bias"]
@@ -685,7 +695,7 @@ def test_names_of_axes_stay() -> None:
 
 def test_containers_and_other_variables_stay() -> None:
     layer, x = nn.Dense(5), normal(2, D)
-    variables = freeze({**layer.init(KEY, x), "state": {"step": jnp.zeros(())}})
+    variables = freeze({**init(layer, x), "state": {"step": jnp.zeros(())}})
     _, packed = quantize_linen(layer, W8, variables, x)
     assert isinstance(packed, FrozenDict)
     assert packed["state"]["step"] is variables["state"]["step"]
@@ -702,7 +712,7 @@ def test_donated_kernels_are_deleted_one_by_one(monkeypatch: pytest.MonkeyPatch)
             return x
 
     model, x = Net(), normal(2, D)
-    variables = model.init(KEY, x)
+    variables = init(model, x)
     kernels = [layer["kernel"] for layer in variables["params"].values()]
     pack, alive = find.LinenLayer.pack, []
 
@@ -723,7 +733,7 @@ def test_donated_kernels_are_deleted_one_by_one(monkeypatch: pytest.MonkeyPatch)
 
 def test_an_array_at_two_paths_is_kept() -> None:
     model, x = nn.Sequential([nn.Dense(D), nn.Dense(D)]), normal(2, D)
-    params = dict(model.init(KEY, x)["params"])
+    params = dict(init(model, x)["params"])
     params["layers_1"] = params["layers_0"]
     _, packed = quantize_linen(model, W8, {"params": params}, x, donate=True)
     assert not params["layers_0"]["kernel"].is_deleted()
@@ -733,7 +743,7 @@ def test_an_array_at_two_paths_is_kept() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nothing_is_deleted_if_a_later_kernel_is_not_finite(bad: float) -> None:
     model, x = nn.Sequential([nn.Dense(D), nn.Dense(D)]), normal(2, D)
-    variables = model.init(KEY, x)
+    variables = init(model, x)
     kernel = variables["params"]["layers_1"]["kernel"]
     variables["params"]["layers_1"]["kernel"] = kernel.at[3, 4].set(bad)
     with pytest.raises(ValueError, match="params/layers_1/kernel must be finite, but has NaN or"):
@@ -746,7 +756,7 @@ def test_nothing_is_deleted_if_a_later_kernel_is_not_finite(bad: float) -> None:
 
 def test_bad_arguments() -> None:
     layer, x = nn.Dense(5), normal(2, D)
-    variables = layer.init(KEY, x)
+    variables = init(layer, x)
     with pytest.raises(TypeError, match=r"module must be a flax.linen.Module, got dict"):
         quantize_linen({}, W8, variables, x)
     with pytest.raises(TypeError, match=r"variables must be a mapping with 'params', got \['bias'"):
@@ -772,7 +782,7 @@ def test_kernels_that_are_used_in_another_way_are_refused_before_packing() -> No
             return layer(x) @ layer.variables["params"]["kernel"].T
 
     model, x = Net(), normal(2, D)
-    variables = model.init(KEY, x)
+    variables = init(model, x)
     with pytest.raises(
         ValueError, match=r"in another way than by calling the layer: .*attribute 'T'"
     ):
@@ -790,7 +800,7 @@ def test_faults_of_the_model_itself_stay_as_they_are() -> None:
 
     model, x = Net(), normal(2, D)
     with pytest.raises(TypeError, match="only for a start"):
-        quantize_linen(model, W8, model.init(KEY, x), x)
+        quantize_linen(model, W8, init(model, x), x)
 
 
 def test_submodules_from_outside_are_refused(converted: Any) -> None:

@@ -63,7 +63,7 @@ def test_absmax_represents_the_largest_value(bits: int, group: int | None) -> No
 @pytest.mark.parametrize("group", [32, None])
 def test_mse_is_never_worse_than_absmax(bits: int, group: int | None) -> None:
     rng = np.random.default_rng(bits)
-    for weights in (gaussian(192, 9), rng.standard_t(2, (192, 9)).astype(np.float32)):
+    for weights in (gaussian(192, 7), rng.standard_t(2, (192, 7)).astype(np.float32)):
         errors = [
             group_errors(weights, quantize(weights, bits, group_size=group, scales=m))
             for m in METHODS
@@ -147,8 +147,9 @@ def test_groups_of_zeros_are_zero(method: str, bits: int) -> None:
     w = quantize(weights, bits, group_size=32, scales=method)
     assert w.scales[1, 1] == 0
     assert (np.asarray(w.scales) > 0).sum() == 8
-    assert (w.dequantize()[32:64, 1] == 0).all()
-    assert (values_of(quantize(np.zeros((64, 2), np.float32), bits, scales=method)) == 0).all()
+    assert (values_of(w)[32:64, 1] == 0).all()
+    zeros = quantize(np.zeros_like(weights), bits, group_size=32, scales=method)
+    assert (values_of(zeros) == 0).all()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -100,9 +100,20 @@ def check(found: Any, expected: Any, split: str) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("prepared", [False, True], ids=["planes", "prepared"])
-@pytest.mark.parametrize("kind", KINDS)
+def check_derivative(found: Any, expected: Any) -> None:
+    """Equal up to the roundings of products' sums, in sums whose terms cancel."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+# Each way to split in each layout, each kind split in each way, and each kind in each layout.
+IN_TURN = [
+    pytest.param(kind, (i + j) % 2 == 1, split, id=f"{kind}, {split}")
+    for i, kind in enumerate(KINDS)
+    for j, split in enumerate(SPLITS)
+]
+
+
+@pytest.mark.parametrize(("kind", "prepared", "split"), IN_TURN)
 def test_automatic_sharding(kind: str, prepared: bool, split: str) -> None:
     mesh = make_mesh()
     x, w, bias = operands(kind, prepared)
@@ -156,7 +167,7 @@ def test_shard_map(split: str, prepared: bool) -> None:
         return jax.jit(jax.grad(loss, (0, 1, 2)))(x, w.scales, bias)
 
     for found, expected in zip(gradients(shared), gradients(whole), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+        check_derivative(found, expected)
 
 
 def test_partly_manual_shard_map() -> None:
@@ -191,7 +202,7 @@ def test_derivatives(split: str, axes: AxisType) -> None:
         placed_x, placed_w, placed_bias = place(mesh, split, x, w, bias)
         found = gradient(placed_x, placed_w.scales, placed_bias, placed_w)
     for a, b in zip(found, gradient(x, w.scales, bias, w), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+        check_derivative(a, b)
 
 
 @pytest.mark.parametrize("split", ["data", "column", "row", "row and column"])
