@@ -29,6 +29,8 @@ from . import __version__, fetch
 from ._native import ISA_VARIABLE, Unavailable, status
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .models import LoadedModel, Quantization
 
 Report = Callable[[int, int], None]
@@ -141,6 +143,12 @@ def cli() -> None:
     show_default=True,
     help="Activation scales: one a token and group, or one a token.",
 )
+@click.option(
+    "--calibrated",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="FOLDER",
+    help="Use the layers that 'quantize' made of this model, in place of the options above.",
+)
 @json_option
 def generate(
     prompt: str,
@@ -157,6 +165,7 @@ def generate(
     group_size: int | None,
     rotate: bool,
     act_scales: Literal["group", "token"],
+    calibrated: Path | None,
     as_json: bool,
 ) -> None:
     """Answer PROMPT with a chat model, streaming.
@@ -172,13 +181,15 @@ def generate(
     if raw and system is not None:
         raise click.UsageError("--system has no place in --raw text; give one of them.")
     setting = make_quantization(weights, activations, group_size, rotate, act_scales)
+    if calibrated is not None and (weights != "file" or activations or group_size or rotate):
+        raise click.UsageError("--calibrated says how layers are held; give no other such option.")
     path = model or find_file("smollm2")
     begin = time.perf_counter()
     with clear_errors():
         from .models import generate as run
         from .models import weight_bytes
 
-        loaded = _load(path, setting, "Loading")
+        loaded = _load_setting(path, calibrated or setting, "Loading")
     loaded_at = time.perf_counter()
     with clear_errors():
         tokenizer = loaded.tokenizer
@@ -201,8 +212,8 @@ def generate(
     size = weight_bytes(loaded.model)
     result = {
         "model": loaded.name,
-        "weights": weights,
-        "activations": describe_activations(setting),
+        "weights": "calibrated" if calibrated else weights,
+        "activations": "calibrated" if calibrated else describe_activations(setting),
         "prompt_tokens": len(tokens),
         "text": written,
         "tokens": len(times),
@@ -334,9 +345,25 @@ def fetch_command(name: str) -> None:
 @click.option(
     "--context", type=click.IntRange(2), default=1024, show_default=True, help="Tokens in a window."
 )
+@click.option(
+    "--calibrated",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="FOLDER",
+    help="A folder of 'quantize' to measure; may be given more than once.",
+)
+@click.option(
+    "--held-out", is_flag=True, help="Use only articles that 'quantize' does not calibrate on."
+)
 @json_option
 def evaluate(
-    model: Path | None, settings: tuple[str, ...], tokens: int, context: int, as_json: bool
+    model: Path | None,
+    settings: tuple[str, ...],
+    tokens: int,
+    context: int,
+    calibrated: tuple[Path, ...],
+    held_out: bool,
+    as_json: bool,
 ) -> None:
     """Compare quantized models with the float model on Wikipedia articles.
 
@@ -350,23 +377,26 @@ def evaluate(
       jax-anyprec eval
       jax-anyprec eval --tokens 2048 --setting weights=8,activations=8,rotate
       jax-anyprec eval --setting weights=4,group-size=64 --setting weights=file --json
+      jax-anyprec eval --held-out --calibrated smollm2-3bit
     """
-    chosen = {text: parse_setting(text) for text in settings or DEFAULT_SETTINGS}
-    path, text = model or find_file("smollm2"), find_file("wikipedia")
+    defaults = () if calibrated else DEFAULT_SETTINGS
+    chosen: dict[str, Quantization | Path | None] = {
+        **{text: parse_setting(text) for text in settings or defaults},
+        **{str(folder): folder for folder in calibrated},
+    }
+    path = model or find_file("smollm2")
     with clear_errors():
-        from .models.evaluate import Evaluator, choose_windows, encode_texts
-        from .models.wikipedia import read_articles
+        from .models.calibration import held_out_part
+        from .models.evaluate import Evaluator
 
         reference = _load(path, None, "Loading the float model")
-        texts = (article.text for article in read_articles(text))
-        ids = encode_texts(texts, reference.tokenizer.encode)
-        windows = choose_windows(ids, tokens, context)
+        windows = _windows(reference, tokens, context, held_out_part if held_out else list)
         with progress_bar("Float model", MofNCompleteColumn()) as report:
             evaluator = Evaluator(reference.model, windows, report)
     results = []
     for name, setting in chosen.items():
         with clear_errors():
-            quantized = _load(path, setting, f"Loading {name}").model
+            quantized = _load_setting(path, setting, f"Loading {name}").model
             with progress_bar(name, MofNCompleteColumn()) as report:
                 result = evaluator(quantized, report)
         results.append({"setting": name, "ratio": result.ratio, **dataclasses.asdict(result)})
@@ -390,6 +420,113 @@ def evaluate(
         for r in results
     ]
     _print_table(("setting", "perplexity", "ratio", "±", "KL", "top-1"), rows)
+
+
+@cli.command("quantize")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A GGUF file or a Hugging Face folder of a decoder. "
+    "Default: SmolLM2-135M-Instruct, fetched if missing (93 MB).",
+)
+@click.option("--bits", type=click.IntRange(1, 8), help="Of each weight.  [default: 4]")
+@click.option(
+    "--budget",
+    type=click.FloatRange(1, 9),
+    help="Bits a weight on average, scales included, in place of --bits: layers get 1 to 8 bits "
+    "by what they are worth.",
+)
+@click.option("--activations", type=ACTIVATIONS, help="Bits of the activations.  [default: 8]")
+@click.option(
+    "--group-size",
+    type=click.IntRange(32),
+    default=64,
+    show_default=True,
+    help="Weights that share a scale, where that divides a layer's inputs.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=65536,
+    show_default=True,
+    help="Tokens of text to calibrate on, in whole windows.",
+)
+@click.option(
+    "--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a window."
+)
+@json_option
+def quantize_command(
+    output: Path,
+    model: Path | None,
+    bits: int | None,
+    budget: float | None,
+    activations: int | str | None,
+    group_size: int,
+    tokens: int,
+    context: int,
+    as_json: bool,
+) -> None:
+    """Calibrate a decoder's weights on text, and keep them in the folder OUTPUT.
+
+    Weights are rotated, and rounded so that each layer's outputs change least, on what the packed
+    layers before it give. The text is every other Wikipedia article of 'fetch wikipedia'. What is
+    in OUTPUT already, of the same command, is gone on with. 'generate' and 'eval' take the folder
+    with --calibrated, beside the same --model.
+
+    \b
+    Examples:
+      jax-anyprec quantize smollm2-3bit --bits 3
+      jax-anyprec quantize smollm2-small --budget 2.7 --activations float
+      jax-anyprec eval --held-out --calibrated smollm2-3bit
+    """
+    if bits is not None and budget is not None:
+        raise click.UsageError("--bits and --budget say the same in two ways; give one of them.")
+    path = model or find_file("smollm2")
+    started = time.perf_counter()
+    with clear_errors():
+        from .models import weight_bytes
+        from .models.calibration import (
+            allocate_decoder,
+            calibrate_decoder,
+            calibration_part,
+            default_rules,
+        )
+
+        loaded = _load(path, None, "Loading the float model")
+        windows = _windows(loaded, tokens, context, calibration_part)
+        rules: Any = default_rules(
+            loaded.model,
+            bits or 4,
+            activations=activations if isinstance(activations, int) else _default(activations),
+            group_size=group_size,
+        )
+        if budget is not None:
+            with progress_bar("Choosing bits", MofNCompleteColumn()) as report:
+                few = windows[:: max(1, len(windows) // 8)]
+                rules = allocate_decoder(loaded.model, few, rules, budget, progress=report).rules
+        with progress_bar("Calibrating", MofNCompleteColumn()) as report:
+            done = calibrate_decoder(loaded.model, windows, rules, progress=report, store=output)
+    facts = {
+        "model": loaded.name,
+        "tokens": int(windows.size),
+        "seconds": time.perf_counter() - started,
+        "bits_per_linear_weight": weight_bytes(loaded.model).bits_per_linear_weight,
+        "layers": done.rows(),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    rows = (
+        (r["path"], r["becomes"], r["rows"], r["fallback"] or f"{r['error']:.5f}")
+        for r in done.rows()
+    )
+    _print_table(("layer", "becomes", "inputs", "error"), rows)
+    click.echo(
+        f"{facts['bits_per_linear_weight']:.2f} bits a linear weight, in {output}, "
+        f"after {facts['seconds']:.0f} s"
+    )
 
 
 # --- settings ---
@@ -511,6 +648,28 @@ def find_file(name: str) -> Path:
         return fetch.fetch(name, report)
 
 
+def _load_setting(path: Path, setting: Quantization | Path | None, description: str) -> LoadedModel:
+    """A model at a setting, or with the calibrated layers of a folder."""
+    if not isinstance(setting, Path):
+        return _load(path, setting, description)
+    from .calibrate import load_calibrated
+
+    loaded = _load(path, None, description)
+    return dataclasses.replace(loaded, model=load_calibrated(loaded.model, setting))
+
+
+def _windows(
+    loaded: LoadedModel, tokens: int, context: int, part: Callable[[Any], Any]
+) -> np.ndarray:
+    """Windows of tokens of a part of the Wikipedia articles, fetched if missing."""
+    from .models.evaluate import choose_windows, encode_texts
+    from .models.wikipedia import read_articles
+
+    articles = part(list(read_articles(find_file("wikipedia"))))
+    ids = encode_texts((article.text for article in articles), loaded.tokenizer.encode)
+    return choose_windows(ids, tokens, context)
+
+
 def _load(path: Path, setting: Quantization | None, description: str) -> LoadedModel:
     """The model of a GGUF file or of a Hugging Face folder."""
     from . import gptq
@@ -582,7 +741,7 @@ def _printable(text: str) -> str:
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "�" for c in text)
 
 
-_NUMBERS = ("bytes", "tensors", "perplexity", "ratio", "±", "KL", "top-1")
+_NUMBERS = ("bytes", "inputs", "tensors", "perplexity", "ratio", "±", "KL", "top-1")
 
 
 def _print_table(columns: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> None:

@@ -281,9 +281,8 @@ def test_bits_go_where_they_matter():
         def __call__(self, x):
             return 10 * self.loud(x) + self.quiet(x)
 
-    choices = [ap.Quantization(weights=b, activations=None) for b in (2, 4, 6)]
     data = [jnp.asarray(inputs(np.random.default_rng(0), 256, 64))]
-    found = ap.calibrate.allocate_bits(Two(), data, budget=4.6, choices=choices)
+    found = ap.calibrate.allocate_bits(Two(), FLOAT, data, budget=4.6, bits=(2, 4, 6))
     bits = {path: quantization.weights for path, quantization in found.rules}
     assert bits == {"loud": 6, "quiet": 2}
     assert found.bits <= 4.6

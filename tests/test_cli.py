@@ -263,6 +263,37 @@ def test_eval_prints_a_table():
     assert [line.split()[0] for line in lines[2:5]] == ["float", *settings]
 
 
+def test_quantize_and_what_takes_its_folder(tmp_path):
+    folder = tmp_path / "packed"
+    options = ("--tokens", 256, "--context", 64, "--group-size", 32, "--activations", "float")
+    facts = run_json("quantize", folder, "--bits", 3, *options)
+    assert facts["tokens"] == 256
+    assert {layer["becomes"].split()[0] for layer in facts["layers"]} == {"W3A16"}
+    assert 3 < facts["bits_per_linear_weight"] < 4
+    again = run("quantize", folder, "--bits", 3, *options).stdout
+    assert "layers/0/attention/qkv" in again
+    result = run_json(
+        "eval", "--held-out", "--calibrated", folder, "--tokens", 140, "--context", 64
+    )
+    assert [r["setting"] for r in result["results"]] == [str(folder)]
+    assert 0 < result["results"][0]["kl"] < 1
+    answer = run_json("generate", "hello world", "--calibrated", folder, "--max-tokens", 3)
+    assert answer["weights"] == "calibrated"
+    assert answer["bits_per_linear_weight"] == pytest.approx(facts["bits_per_linear_weight"])
+    other = run("quantize", folder, "--bits", 2, *options, code=1)
+    assert "holds a calibration of another model" in other.stderr
+
+
+def test_quantize_by_a_budget(tmp_path):
+    options = ("--tokens", 128, "--context", 64, "--group-size", 32)
+    facts = run_json("quantize", tmp_path / "packed", "--budget", 3.7, *options)
+    assert facts["bits_per_linear_weight"] <= 3.7
+    few = run("quantize", tmp_path / "few", "--budget", 1, *options, code=1)
+    assert "budget must be at least" in few.stderr
+    both = run("quantize", tmp_path / "both", "--budget", 3, "--bits", 2, code=2)
+    assert "give one of them" in both.stderr
+
+
 @pytest.mark.parametrize("command", [None, *cli.cli.commands])
 def test_help_has_examples(command):
     arguments = [command, "--help"] if command else ["--help"]

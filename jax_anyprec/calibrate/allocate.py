@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..format import check_bits
 from ..nnx.convert import Found, find
 from ..plan import describe, make_plan
 from ..quantization import Quantization
@@ -67,7 +68,7 @@ class Allocation:
 
 
 def choose(layers: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
-    """One choice for each layer, of at most `budget` bytes together, with little loss.
+    """One choice for each layer, of at most `budget` bytes together, with least loss or nearly so.
 
     Each layer starts with its smallest choice; then the step that saves most loss for each byte is
     taken, of those on the layer's convex hull, until no further one fits.
@@ -124,16 +125,16 @@ def _slope(a: Choice, b: Choice) -> float:
 
 def allocate_bits(
     model: nnx.Module,
+    rules: Rules,
     batches: Iterable[Any],
     *,
     budget: float,
-    choices: Sequence[Quantization],
-    rules: Rules | None = None,
+    bits: Iterable[int] = range(1, 9),
     loss: Loss = projected_loss,
     call: Callable[[Any, Any], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Allocation:
-    """Choose one of `choices` for each layer, so that all have at most `budget` bits a weight.
+    """Choose the bits of each layer, so that all have at most `budget` bits a weight.
 
     The error that each layer's outputs would have is estimated by calibrating its weight to
     REFERENCE_BITS alone and scaling by what more or fewer bits do to a Gaussian; what that
@@ -141,32 +142,34 @@ def allocate_bits(
 
     Args:
       model: a `flax.nnx.Module`; it is not changed.
+      rules: which layers take part, and how they are held but for the bits.
       batches: a few are enough.
-      budget: bits a weight, scales and offsets included, on average over the layers.
-      choices: such as ``[Quantization(weights=b, group_size=64) for b in (2, 3, 4)]``.
-      rules: which layers take part: those that become quantized; None for all that do by default.
+      budget: bits a weight, scales included, on average over these layers.
+      bits: to choose from.
       loss: from the model's output and a key to a scalar: `sampled_loss` for logits, by default
         `projected_loss`, which measures the squared change of any output.
       call: ``call(model, batch)`` runs the model; None for ``model(batch)``.
       progress: called with the layers done so far and their number.
 
     Raises:
-      ValueError: the budget is less than the smallest choices need, a choice fits a layer's shape
-        not, or a layer is not called.
+      ValueError: the budget is less than the fewest bits need, or a layer is not called with these
+        batches or has no inputs that are rows of one matrix.
     """
     found = find(model)
-    plan = make_plan([f.layer for f in found], choices[0] if rules is None else rules, errors=False)
+    plan = make_plan([f.layer for f in found], rules, errors=False)
     plan.require_quantized()
-    wanted = {p.path for p in plan.layers if p.quantization is not None}
-    layers = [f for f in found if f.layer.path in wanted and f.has_rows]
+    wanted = {p.path: p.quantization for p in plan.layers if p.quantization is not None}
+    layers = [f for f in found if f.layer.path in wanted]
     run = (lambda m, batch: m(batch)) if call is None else call
-    seen = sensitivities(model, layers, list(batches), loss=loss, call=run)
+    rows = [f for f in layers if f.has_rows]
+    seen = sensitivities(model, rows, list(batches), loss=loss, call=run)
+    widths = [check_bits(each, "bits") for each in bits]
     table = []
     for i, each in enumerate(layers, 1):
         path = each.layer.path
         if path not in seen:
-            raise ValueError(f"layer {path!r} is not called with these batches")
-        table.append(_choices(each, seen[path], choices))
+            raise ValueError(f"layer {path!r} shows no inputs in these batches: leave it out")
+        table.append(_choices(each, seen[path], wanted[path], widths))
         if progress is not None:
             progress(i, len(layers))
     weights = sum(_count(each) for each in layers)
@@ -188,19 +191,15 @@ def _count(found: Found) -> int:
 
 
 def _choices(
-    found: Found, sensitivity: Sensitivity, choices: Sequence[Quantization]
+    found: Found, sensitivity: Sensitivity, quantization: Quantization, bits: Sequence[int]
 ) -> list[Choice]:
-    errors: dict[Quantization, float] = {}
-    result = []
-    for quantization in choices:
-        assert quantization.weights is not None
-        like = dataclasses.replace(quantization, weights=REFERENCE_BITS, scales="mse")
-        if like not in errors:
-            errors[like] = _loss(found, sensitivity, like)
-        ratio = DISTORTION[quantization.weights] / DISTORTION[REFERENCE_BITS]
-        nbytes = found.layer.packed_nbytes(quantization)
-        result.append(Choice(quantization, nbytes, ratio * errors[like]))
-    return result
+    measured = dataclasses.replace(quantization, weights=REFERENCE_BITS)
+    loss = _loss(found, sensitivity, measured) / DISTORTION[REFERENCE_BITS]
+    return [
+        Choice(each, found.layer.packed_nbytes(each), loss * DISTORTION[width])
+        for width in bits
+        for each in [dataclasses.replace(quantization, weights=width)]
+    ]
 
 
 def _loss(found: Found, sensitivity: Sensitivity, quantization: Quantization) -> float:

@@ -1,0 +1,112 @@
+"""Calibration of the decoders here: which text, which layers, and how they are held by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jax_anyprec as ap
+from jax_anyprec.nnx.convert import find
+from jax_anyprec.quantization import Quantization
+from jax_anyprec.rotation import MIN_BLOCK
+
+Item = TypeVar("Item")
+
+GROUP = 64
+"""Weights that share a scale: 0.25 bits a weight in float16."""
+
+BATCH = 4
+"""Windows that are run together."""
+
+
+def calibration_part(items: Sequence[Item]) -> Sequence[Item]:
+    """Every other item of a collection: what `jax-anyprec quantize` sees."""
+    return items[::2]
+
+
+def held_out_part(items: Sequence[Item]) -> Sequence[Item]:
+    """The items between those of `calibration_part`, to measure on."""
+    return items[1::2]
+
+
+def default_quantization(
+    k: int,
+    bits: int,
+    activations: int | None = 8,
+    group_size: int | None = GROUP,
+    act_scales: Literal["group", "token"] = "token",
+) -> Quantization:
+    """How a weight of K rows is held best: rotated, in groups, where K lets it be.
+
+    docs/accuracy.md has the measurements.
+    """
+    fits = group_size is not None and k % group_size == 0
+    return Quantization(
+        weights=bits,
+        activations=activations,
+        group_size=group_size if fits else None,
+        rotate=k % MIN_BLOCK == 0,
+        scale_dtype="float16",
+        act_scales=act_scales,
+    )
+
+
+def default_rules(model: nnx.Module, bits: int, **options: Any) -> list[tuple[str, Quantization]]:
+    """`default_quantization` of each layer that is quantized unless told otherwise."""
+    planned = ap.plan(model, Quantization(weights=bits), errors=False).layers
+    rows = {f.layer.path: f.layer.matrix[-2] for f in find(model) if f.layer.matrix is not None}
+    return [
+        (layer.path, default_quantization(rows[layer.path], bits, **options))
+        for layer in planned
+        if layer.quantization is not None
+    ]
+
+
+def batches_of(windows: np.ndarray) -> list[jax.Array]:
+    """Windows ``int32[windows, context]`` in batches of `BATCH`."""
+    starts = range(0, len(windows), BATCH)
+    return [jnp.asarray(windows[start : start + BATCH]) for start in starts]
+
+
+def calibrate_decoder(
+    model: Any,
+    windows: np.ndarray,
+    rules: Any,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> ap.CalibrationReport:
+    """`jax_anyprec.calibrate_model` of a decoder on tokens ``int32[windows, context]``."""
+    return ap.calibrate_model(
+        model,
+        rules,
+        batches_of(windows),
+        call=lambda decoder, tokens: decoder.hidden(tokens),
+        progress=progress,
+        **options,
+    )
+
+
+def allocate_decoder(
+    model: Any,
+    windows: np.ndarray,
+    rules: Any,
+    budget: float,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> ap.calibrate.Allocation:
+    """`jax_anyprec.calibrate.allocate_bits` of a decoder, by what its predictions lose."""
+    return ap.calibrate.allocate_bits(
+        model,
+        rules,
+        batches_of(windows),
+        budget=budget,
+        loss=ap.calibrate.sampled_loss,
+        call=lambda decoder, tokens: decoder(tokens),
+        progress=progress,
+    )
