@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,19 @@ def cuda() -> Backend:
     return _load("jax_anyprec._cuda", "CUDA")
 
 
+def cuda_devices(module: Any) -> tuple[dict[str, Any], ...]:
+    """The GPUs that the CUDA extension finds: name, arch (90 for 9.0) and multiprocessors of each.
+
+    They are looked for once, since that takes tens of milliseconds and each lowering asks.
+    """
+    return _found_by(module.devices)
+
+
+@functools.cache
+def _found_by(find: Callable[[], list[dict[str, Any]]]) -> tuple[dict[str, Any], ...]:
+    return tuple(find())
+
+
 def register_custom_calls() -> None:
     """Make the native kernels known to XLA, in a process that runs what another one exported.
 
@@ -105,7 +118,7 @@ def _cpu_status(backend: Backend) -> dict[str, Any]:
 def _cuda_status(backend: Backend) -> dict[str, Any]:
     if backend.module is None:
         return {"available": False, "reason": backend.reason}
-    devices, compiled = backend.module.devices(), backend.module.architectures()
+    devices, compiled = cuda_devices(backend.module), backend.module.architectures()
     reasons = [why for why in (no_code(device, compiled) for device in devices) if why is not None]
     reason = None
     if not devices:
@@ -116,7 +129,7 @@ def _cuda_status(backend: Backend) -> dict[str, Any]:
         "available": reason is None,
         "reason": reason,
         "architectures": list(compiled),
-        "devices": devices,
+        "devices": [dict(device) for device in devices],
     }
 
 

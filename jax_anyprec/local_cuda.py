@@ -152,7 +152,7 @@ def plan(
 
 def _device(module: Any, implementation: str | None) -> dict[str, Any]:
     """The GPU to plan for: the first, which must run the kernels, or DEFAULT_DEVICE."""
-    devices = module.devices()
+    devices = _native.cuda_devices(module)
     if not devices:
         return DEFAULT_DEVICE
     why = _native.no_code(devices[0], module.architectures())

@@ -493,6 +493,16 @@ def test_programs_are_for_the_first_device(cuda: Any, monkeypatch: pytest.Monkey
         assert call_of(run, rows(64, 96), packed(33, 96, 1)).attributes["method"] == method
 
 
+def test_devices_are_looked_for_once(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(cuda, "devices", lambda: found.append(H100) or [H100])
+    for m in (1, 2):
+        program_of(lambda x, w: ap.matmul(x, w, act_bits=1), rows(m, 96), packed(33, 96, 1))
+    ap.status()["cuda"]["devices"].clear()
+    assert ap.status()["cuda"]["devices"] == [H100]
+    assert len(found) == 1
+
+
 def test_a_device_without_code(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "devices", lambda: [T4])
     reason = "Tesla T4 has compute capability 7.5, and the CUDA kernels are compiled for"
