@@ -15,6 +15,9 @@ from ..reference import quantize_activations
 from ..rotation import Rotation
 
 
+LARGEST = 4.0
+
+
 class Moments(NamedTuple):
     """Sums over rows: x, inputs of a layer in the quantized model, and f, those in the float model.
 
@@ -72,6 +75,7 @@ def add(moments: Moments, x: jax.Array, f: jax.Array, *, inputs: Inputs) -> Mome
         x, f = rotation.apply(x), rotation.apply(f)
     if inputs.bits is not None:
         x = _rounded(x, inputs.bits, inputs.group_size or x.shape[-1])
+    x, f = _weighted(x, f)
     return Moments(
         moments.own + _product(x, x),
         moments.cross + _product(x, f),
@@ -79,6 +83,18 @@ def add(moments: Moments, x: jax.Array, f: jax.Array, *, inputs: Inputs) -> Mome
         moments.reference_sum + f.sum(0),
         moments.rows + x.shape[0],
     )
+
+
+def _weighted(x: jax.Array, f: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows whose squares sum to over LARGEST times the median's, shortened to that.
+
+    A transformer has a few tokens with inputs a thousand times as long as others, which would
+    decide all, and mean little for what it predicts.
+    """
+    squares = (f * f).sum(-1, keepdims=True)
+    most = LARGEST * jnp.median(squares)
+    factor = jnp.sqrt(jnp.where(squares > most, most / squares, 1.0))
+    return x * factor, f * factor
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,0 +1,243 @@
+"""What low bits cost SmolLM2, calibrated and not, beside ggml's types, at equal bits.
+
+    python -m benchmarks.accuracy --json benchmarks/results/accuracy.json
+
+The reference is the checkpoint's own weights in float, which were 4-bit (Q4_1, 5 bits a weight)
+before. All are calibrated on every other Wikipedia article, ggml's importance matrices too, and
+measured on the articles between. Bits count planes, scales and offsets of the linear layers.
+Needs llama-cpp-python for ggml's types.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import jax_anyprec as ap
+from jax_anyprec import fetch
+from jax_anyprec.calibrate.observe import inputs_of
+from jax_anyprec.models import load_gguf, weight_bytes
+from jax_anyprec.models.calibration import (
+    allocate_decoder,
+    batches_of,
+    calibrate_decoder,
+    calibration_part,
+    default_rules,
+    held_out_part,
+)
+from jax_anyprec.models.evaluate import Evaluator, choose_windows, encode_texts
+from jax_anyprec.models.wikipedia import read_articles
+from jax_anyprec.nnx.convert import Found, find
+
+from . import ggml_types
+from .report import Row, table, write_json
+
+BUDGETS = (2.3, 2.7, 3.5, 4.5)
+TYPES = ("Q8_0", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "Q3_K", "IQ3_S", "Q2_K", "IQ2_S")
+ACTIVATIONS = ((8, "token"), (6, "token"), (4, "group"), (4, "token"))
+
+Prepare = Callable[[Any], None]
+"""Changes a float model in place."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=pathlib.Path, help="write all figures to this file")
+    parser.add_argument("--tokens", type=int, default=16384, help="to calibrate on")
+    parser.add_argument("--held-out", type=int, default=8192, help="tokens to measure on")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of: " + ", ".join(PARTS))
+    options = parser.parse_args()
+    loaded = load()
+    articles = list(read_articles(fetch.fetch("wikipedia")))
+
+    def windows(part: Any, tokens: int, context: int) -> np.ndarray:
+        texts = (article.text for article in part(articles))
+        return choose_windows(encode_texts(texts, loaded.tokenizer.encode), tokens, context)
+
+    data = windows(calibration_part, options.tokens, 512)
+    evaluator = Evaluator(loaded.model, windows(held_out_part, options.held_out, 1024))
+    rows = []
+    for part in options.parts.split(","):
+        for setting, prepare in PARTS[part](data):
+            rows.append({"part": part, "setting": setting, **measure(evaluator, prepare)})
+            print(json.dumps(rows[-1]), flush=True)
+            if options.json:
+                facts = {"calibration_tokens": data.size, "context": 512, "rows": rows}
+                write_json(options.json, "benchmarks.accuracy", facts)
+    print(summary(rows))
+
+
+def load() -> Any:
+    """SmolLM2 in float."""
+    return load_gguf(fetch.fetch("smollm2"), quantization=None)
+
+
+def measure(evaluator: Evaluator, prepare: Callable[[Any], float | None]) -> Row:
+    """A model's figures, and the CPU and wall time of what was done to it."""
+    model = load().model
+    wall, cpu = time.perf_counter(), time.process_time()
+    bits = prepare(model)
+    times = {
+        "seconds": time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - cpu,
+    }
+    result = evaluator(model)
+    return {
+        "bits": weight_bytes(model).bits_per_linear_weight if bits is None else bits,
+        "ratio": result.ratio,
+        **dataclasses.asdict(result),
+        **times,
+    }
+
+
+# --- calibrated ---
+
+
+def budgets(data: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """Mixed bits under a budget."""
+
+    def prepare(model: Any, budget: float) -> None:
+        rules = default_rules(model, 3, activations=None)
+        chosen = allocate_decoder(model, few(data), rules, budget)
+        calibrate_decoder(model, data, chosen.rules)
+
+    for budget in BUDGETS:
+        yield f"at most {budget} bits", functools.partial(prepare, budget=budget)
+
+
+def ablation(data: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """3 bits in groups of 64: what each step of the calibration adds."""
+    method = ap.calibrate.Method
+
+    def nearest(model: Any, rotate: bool) -> None:
+        rules = [
+            (path, dataclasses.replace(each, rotate=rotate))
+            for path, each in default_rules(model, 3, activations=None)
+        ]
+        ap.quantize_model(model, rules)
+
+    def calibrated(model: Any, method: Any, rotate: bool = True) -> None:
+        rules = [
+            (path, dataclasses.replace(each, rotate=rotate))
+            for path, each in default_rules(model, 3, activations=None)
+        ]
+        calibrate_decoder(model, data, rules, method=method)
+
+    yield "round to nearest", functools.partial(nearest, rotate=False)
+    yield "rotated, round to nearest", functools.partial(nearest, rotate=True)
+    steps = {
+        "rotated, GPTQ": method(sweeps=0, cross=0.0),
+        "rotated, GPTQ, sweeps": method(cross=0.0),
+        "rotated, GPTQ, sweeps, float inputs (default)": method(),
+    }
+    for name, each in steps.items():
+        yield name, functools.partial(calibrated, method=each)
+    yield "not rotated, all of it", functools.partial(calibrated, method=method(), rotate=False)
+
+
+def activations(data: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """Rotated activations beside weights of 8 bits."""
+
+    def prepare(model: Any, bits: int, scales: Any) -> None:
+        rules = default_rules(model, 8, activations=bits, act_scales=scales)
+        calibrate_decoder(model, data, rules)
+
+    for bits, scales in ACTIVATIONS:
+        name = f"W8A{bits}, a scale a {'token' if scales == 'token' else 'group of 64'}"
+        yield name, functools.partial(prepare, bits=bits, scales=scales)
+
+
+def few(data: np.ndarray, count: int = 8) -> np.ndarray:
+    """At most so many windows, evenly spaced."""
+    return data[:: -(-len(data) // count)]
+
+
+# --- ggml ---
+
+
+def peers(data: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """ggml's types for all linear layers, without and with an importance matrix."""
+    importance = functools.cache(lambda: importances(data))
+
+    def prepare(model: Any, name: str, with_importance: bool) -> float:
+        given = importance() if with_importance else {}
+        return round_to_type(model, name, given)
+
+    for name in TYPES:
+        for with_importance in (False, True):
+            needs = name.startswith(("IQ2", "Q2_K")) and not with_importance
+            if (name == "Q8_0" and with_importance) or needs:
+                continue
+            setting = f"ggml {name}" + ", importance matrix" * with_importance
+            yield setting, functools.partial(prepare, name=name, with_importance=with_importance)
+
+
+def linear_layers(model: Any) -> list[Found]:
+    """The layers that are quantized by default."""
+    wanted = {path for path, _ in default_rules(model, 4)}
+    return [found for found in find(model) if found.layer.path in wanted]
+
+
+def importances(data: np.ndarray) -> dict[str, np.ndarray]:
+    """The mean square of each layer's inputs, ``float32[K]`` by path."""
+    model = load().model
+    layers = linear_layers(model)
+    sums: dict[str, Any] = {}
+    for batch in batches_of(data):
+        for path, x in inputs_of(layers, lambda b=batch: model.hidden(b)).items():
+            sums[path] = sums.get(path, 0) + jnp.square(x).sum(0)
+    return {path: np.asarray(total) / data.size for path, total in sums.items()}
+
+
+def round_to_type(model: Any, name: str, importance: dict[str, np.ndarray]) -> float:
+    """Round all linear layers to a type, in place; the bits of a weight."""
+    bits = weights = 0.0
+    for found in linear_layers(model):
+        kernel: Any = found.module
+        values = np.asarray(kernel.kernel[...])
+        kind = ggml_types.type_for(name, values.shape[0])
+        new = ggml_types.rounded(values, kind, importance.get(found.layer.path))
+        kernel.kernel.set_value(jnp.asarray(new))
+        bits += values.size * ggml_types.bits_of(kind)
+        weights += values.size
+    return bits / weights
+
+
+PARTS: dict[str, Callable[[np.ndarray], Iterator[tuple[str, Any]]]] = {
+    "peers": peers,
+    "budgets": budgets,
+    "ablation": ablation,
+    "activations": activations,
+}
+
+
+def summary(rows: list[Row]) -> str:
+    """A Markdown table."""
+    header = ["part", "setting", "bits a weight", "ratio", "±", "KL", "top-1", "CPU s"]
+
+    def line(row: Row) -> list[str]:
+        return [
+            row["part"],
+            row["setting"],
+            f"{row['bits']:.2f}",
+            f"{row['ratio']:.4f}",
+            f"{row['ratio_error']:.4f}",
+            f"{row['kl']:.4f}",
+            f"{row['top1']:.3f}",
+            f"{row['cpu_seconds']:.0f}",
+        ]
+
+    return table(header, map(line, rows))
+
+
+if __name__ == "__main__":
+    main()
