@@ -64,7 +64,7 @@ def write_tensors(
     save_id = {SAVE_ID: uuid.uuid4().hex}
     stem = f"{path.stem}-{save_id[SAVE_ID][:ID_DIGITS]}"
     names = [f"{stem}-{i + 1:05}-of-{len(shards):05}{path.suffix}" for i in range(len(shards))]
-    if not _is_file_name(names[0]):
+    if not is_file_name(names[0]):
         raise ValueError(
             f"path must end with a printable name, short enough for {names[0]!r:.300} to take at "
             f"most {MAX_NAME} bytes"
@@ -169,7 +169,7 @@ def _parts(content: Any, index: Path) -> tuple[dict[str, Any], dict[str, set[str
         raise CheckpointError(f"{index} must be an object with the objects metadata and weight_map")
     files: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
-        if not _is_file_name(name):
+        if not is_file_name(name):
             raise CheckpointError(
                 f"{index}: tensor {tensor!r:.100} must be in a file of the same folder, "
                 f"got {name!r:.100}"
@@ -178,7 +178,7 @@ def _parts(content: Any, index: Path) -> tuple[dict[str, Any], dict[str, set[str
     return metadata, files
 
 
-def _is_file_name(name: Any) -> bool:
+def is_file_name(name: Any) -> bool:
     """Whether this can only be a file in the folder that it is looked up in."""
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
         return False

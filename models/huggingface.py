@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 import jax_anyprec as ap
 from jax_anyprec.safetensors import CheckpointError
+from jax_anyprec.shards import is_file_name
 
 from .loading import Weight
 
@@ -261,8 +262,7 @@ class Folder:
             raise self._error("lacks model.safetensors, and model.safetensors.index.json too")
         index = self._settings("model.safetensors.index.json").get("weight_map", dict)
         for name, file in index.items():
-            plain = isinstance(file, str) and file == os.path.basename(file) and "\\" not in file
-            if not plain or not file.endswith(".safetensors"):
+            if not is_file_name(file) or not file.endswith(".safetensors"):
                 raise self._error(
                     f"has an index that puts {name!r} in {file!r}; only the name of a "
                     ".safetensors file in this folder will do"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -201,7 +202,9 @@ def test_progress_counts_all_bytes():
 
 def test_memory_is_that_of_the_result_and_a_few_tensors():
     command = [sys.executable, Path(__file__).parent / "loading_memory.py", "--layers", "6"]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    quickly = {**os.environ, "XLA_FLAGS": ""}  # it computes for longer than it compiles
+    done = subprocess.run(command, check=True, capture_output=True, env=quickly)
+    found = json.loads(done.stdout)
     assert found["peak"] < found["weights"] + 4 * found["largest_tensor_float32"]
     assert found["peak"] < 0.85 * found["file"]
 
@@ -449,6 +452,8 @@ def test_wrong_tensors(tmp_path, changes, message):
         ({"a": "../a.safetensors"}, "has an index that puts 'a' in '../a.safetensors'; only"),
         ({"a": "/tmp/a.safetensors"}, "has an index that puts 'a' in '/tmp/a.safetensors'; only"),
         ({"a": "..\\a.safetensors"}, "has an index that puts 'a' in"),
+        ({"a": "\0.safetensors"}, "has an index that puts 'a' in"),
+        ({"a": "a" * 300 + ".safetensors"}, "has an index that puts 'a' in"),
         ({"a": "config.json"}, "has an index that puts 'a' in 'config.json'; only"),
         ({"a": 3}, "has an index that puts 'a' in 3; only"),
         ({"a": "c.safetensors"}, "lacks c.safetensors"),
