@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import re
@@ -35,15 +36,19 @@ def packed(checkpoint):
     return load_gguf(checkpoint, quantization=Quantization(), dtype=jnp.float32).model
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(graph, state, tokens):
+    return nnx.merge(graph, state)(tokens)
+
+
 def greedy(model, prompt: list[int], count: int) -> list[int]:
     """The likeliest continuation, each token from a full forward of a fixed size."""
     graph, state = nnx.split(model)
-    forward = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
     tokens = list(prompt)
     for _ in range(count):
-        padded = np.zeros((1, len(prompt) + count), np.int32)
+        padded = np.zeros((1, 64), np.int32)
         padded[0, : len(tokens)] = tokens
-        tokens.append(int(forward(state, padded)[0, len(tokens) - 1].argmax()))
+        tokens.append(int(forward(graph, state, padded)[0, len(tokens) - 1].argmax()))
     return tokens[len(prompt) :]
 
 
