@@ -27,10 +27,10 @@ from jax_anyprec import fetch
 from jax_anyprec.calibrate.observe import inputs_of
 from jax_anyprec.models import load_gguf, weight_bytes
 from jax_anyprec.models.calibration import (
-    allocate_decoder,
     batches_of,
     calibrate_decoder,
     calibration_part,
+    decoder_costs,
     default_rules,
     held_out_part,
 )
@@ -105,10 +105,13 @@ def measure(evaluator: Evaluator, prepare: Callable[[Any], float | None]) -> Row
 def budgets(data: np.ndarray) -> Iterator[tuple[str, Any]]:
     """Mixed bits under a budget."""
 
+    @functools.cache
+    def costs() -> Any:
+        model = load().model
+        return decoder_costs(model, data, default_rules(model, 3, activations=None))
+
     def prepare(model: Any, budget: float) -> None:
-        rules = default_rules(model, 3, activations=None)
-        chosen = allocate_decoder(model, few(data), rules, budget)
-        calibrate_decoder(model, data, chosen.rules)
+        calibrate_decoder(model, data, costs().allocate(budget).rules)
 
     for budget in BUDGETS:
         yield f"at most {budget} bits", functools.partial(prepare, budget=budget)
@@ -154,11 +157,6 @@ def activations(data: np.ndarray) -> Iterator[tuple[str, Any]]:
     for bits, scales in ACTIVATIONS:
         name = f"W8A{bits}, a scale a {'token' if scales == 'token' else 'group of 64'}"
         yield name, functools.partial(prepare, bits=bits, scales=scales)
-
-
-def few(data: np.ndarray, count: int = 8) -> np.ndarray:
-    """At most so many windows, evenly spaced."""
-    return data[:: -(-len(data) // count)]
 
 
 # --- ggml ---

@@ -24,6 +24,7 @@ CUSTOM_CALLS = (
     "jax_anyprec_cuda_quantize",
     "jax_anyprec_cuda_int_matmul",
     "jax_anyprec_cuda_matmul",
+    "jax_anyprec_cuda_fused_matmul",
 )
 """Names of the native kernels in compiled programs. `jax.export` must be told to allow them."""
 

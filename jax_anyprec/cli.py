@@ -488,9 +488,9 @@ def quantize_command(
     with clear_errors():
         from .models import weight_bytes
         from .models.calibration import (
-            allocate_decoder,
             calibrate_decoder,
             calibration_part,
+            decoder_costs,
             default_rules,
         )
 
@@ -504,8 +504,8 @@ def quantize_command(
         )
         if budget is not None:
             with progress_bar("Choosing bits", MofNCompleteColumn()) as report:
-                few = windows[:: max(1, len(windows) // 8)]
-                rules = allocate_decoder(loaded.model, few, rules, budget, progress=report).rules
+                costs = decoder_costs(loaded.model, windows, rules, progress=report)
+            rules = costs.allocate(budget).rules
         with progress_bar("Calibrating", MofNCompleteColumn()) as report:
             done = calibrate_decoder(loaded.model, windows, rules, progress=report, store=output)
     facts = {

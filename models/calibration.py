@@ -20,6 +20,9 @@ Item = TypeVar("Item")
 GROUP = 64
 """Weights that share a scale: 0.25 bits a weight in float16."""
 
+FEW = 8
+"""Windows that are enough to tell which layers matter."""
+
 BATCH = 4
 """Windows that are run together."""
 
@@ -92,20 +95,21 @@ def calibrate_decoder(
     )
 
 
-def allocate_decoder(
+def decoder_costs(
     model: Any,
     windows: np.ndarray,
     rules: Any,
-    budget: float,
     *,
     progress: Callable[[int, int], None] | None = None,
-) -> ap.calibrate.Allocation:
-    """`jax_anyprec.calibrate.allocate_bits` of a decoder, by what its predictions lose."""
-    return ap.calibrate.allocate_bits(
+) -> ap.calibrate.Costs:
+    """`jax_anyprec.calibrate.measure_costs` of a decoder, by what its predictions lose.
+
+    At most FEW of the windows, evenly spaced, are used.
+    """
+    return ap.calibrate.measure_costs(
         model,
         rules,
-        batches_of(windows),
-        budget=budget,
+        batches_of(windows[:: -(-len(windows) // FEW)]),
         loss=ap.calibrate.sampled_loss,
         call=lambda decoder, tokens: decoder(tokens),
         progress=progress,

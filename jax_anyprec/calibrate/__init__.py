@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..rules import Rules
-from .allocate import Allocation, allocate_bits
+from .allocate import Allocation, Costs, allocate_bits, measure_costs
 from .report import CalibratedLayer, CalibrationReport
 from .sensitivity import projected_loss, sampled_loss
 from .solve import Method
@@ -17,10 +17,12 @@ __all__ = [
     "Allocation",
     "CalibratedLayer",
     "CalibrationReport",
+    "Costs",
     "Method",
     "allocate_bits",
     "calibrate_model",
     "load_calibrated",
+    "measure_costs",
     "projected_loss",
     "sampled_loss",
 ]

@@ -123,28 +123,73 @@ def _slope(a: Choice, b: Choice) -> float:
     return (a.loss - b.loss) / (b.nbytes - a.nbytes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What each number of bits would cost each layer, see `measure_costs`.
+
+    Attributes:
+      paths: of the layers.
+      choices: for each layer.
+      weights: of all layers, how many.
+    """
+
+    paths: tuple[str, ...]
+    choices: tuple[tuple[Choice, ...], ...]
+    weights: int
+
+    def allocate(self, budget: float) -> Allocation:
+        """The bits of each layer for at most `budget` bits a weight, scales included, on average.
+
+        Raises:
+          ValueError: the budget is less than the fewest bits need.
+        """
+        chosen = choose(self.choices, budget * self.weights / 8)
+        rules = zip(self.paths, (c.quantization for c in chosen), strict=True)
+        return Allocation(tuple(rules), *self._totals(chosen), self.frontier)
+
+    @property
+    def frontier(self) -> tuple[tuple[float, float], ...]:
+        """(bits a weight, expected loss) of the best allocations, by size."""
+        return tuple(map(self._totals, path_of(self.choices)))
+
+    def _totals(self, chosen: Sequence[Choice]) -> tuple[float, float]:
+        bits = 8 * sum(c.nbytes for c in chosen) / self.weights
+        return bits, sum(c.loss for c in chosen)
+
+
 def allocate_bits(
+    model: nnx.Module, rules: Rules, batches: Iterable[Any], *, budget: float, **options: Any
+) -> Allocation:
+    """Choose the bits of each layer, so that all have at most `budget` bits a weight.
+
+    Args:
+      model, rules, batches, options: as for `measure_costs`, which is to be called once for
+        several budgets.
+      budget: bits a weight, scales included, on average over the layers.
+    """
+    return measure_costs(model, rules, batches, **options).allocate(budget)
+
+
+def measure_costs(
     model: nnx.Module,
     rules: Rules,
     batches: Iterable[Any],
     *,
-    budget: float,
     bits: Iterable[int] = range(1, 9),
     loss: Loss = projected_loss,
     call: Callable[[Any, Any], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Allocation:
-    """Choose the bits of each layer, so that all have at most `budget` bits a weight.
+) -> Costs:
+    """Estimate what each number of bits would cost each layer.
 
-    The error that each layer's outputs would have is estimated by calibrating its weight to
-    REFERENCE_BITS alone and scaling by what more or fewer bits do to a Gaussian; what that
-    costs the model, by the derivatives of `loss` (see `jax_anyprec.calibrate.sensitivity`).
+    The error of a layer's outputs is that of its weight calibrated to REFERENCE_BITS alone, scaled
+    by what more or fewer bits do to a Gaussian; what it costs the model is estimated by the
+    derivatives of `loss` (see `jax_anyprec.calibrate.sensitivity`).
 
     Args:
       model: a `flax.nnx.Module`; it is not changed.
       rules: which layers take part, and how they are held but for the bits.
       batches: a few are enough.
-      budget: bits a weight, scales included, on average over these layers.
       bits: to choose from.
       loss: from the model's output and a key to a scalar: `sampled_loss` for logits, by default
         `projected_loss`, which measures the squared change of any output.
@@ -152,8 +197,8 @@ def allocate_bits(
       progress: called with the layers done so far and their number.
 
     Raises:
-      ValueError: the budget is less than the fewest bits need, or a layer is not called with these
-        batches or has no inputs that are rows of one matrix.
+      ValueError: a rule does not fit, or a layer is not called with these batches or has no inputs
+        that are rows of one matrix.
     """
     found = find(model)
     plan = make_plan([f.layer for f in found], rules, errors=False)
@@ -169,20 +214,11 @@ def allocate_bits(
         path = each.layer.path
         if path not in seen:
             raise ValueError(f"layer {path!r} shows no inputs in these batches: leave it out")
-        table.append(_choices(each, seen[path], wanted[path], widths))
+        table.append(tuple(_choices(each, seen[path], wanted[path], widths)))
         if progress is not None:
             progress(i, len(layers))
-    weights = sum(_count(each) for each in layers)
-    chosen = choose(table, budget * weights / 8)
-    return Allocation(
-        tuple((f.layer.path, c.quantization) for f, c in zip(layers, chosen, strict=True)),
-        8 * sum(c.nbytes for c in chosen) / weights,
-        sum(c.loss for c in chosen),
-        tuple(
-            (8 * sum(c.nbytes for c in each) / weights, sum(c.loss for c in each))
-            for each in path_of(table)
-        ),
-    )
+    paths = tuple(each.layer.path for each in layers)
+    return Costs(paths, tuple(table), sum(map(_count, layers)))
 
 
 def _count(found: Found) -> int:

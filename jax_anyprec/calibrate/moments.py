@@ -14,8 +14,8 @@ from ..quantization import Quantization
 from ..reference import quantize_activations
 from ..rotation import Rotation
 
-
 LARGEST = 4.0
+"""The most that a row's sum of squares counts, in medians."""
 
 
 class Moments(NamedTuple):
