@@ -1,4 +1,4 @@
-"""What all tests share: eight CPU devices, and the real models and texts, found or fetched."""
+"""What all tests share: their order, eight CPU devices, and the real models and texts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ from jax_anyprec import fetch
 sys.path.append(str(Path(__file__).parents[1]))
 
 jax.config.update("jax_num_cpu_devices", 8)  # one computes, unless a test asks for more
+
+
+LONGEST = ("test_cuda_kernels", "test_accuracy", "test_isa", "test_products")
+"""Files that take the longest begin first, so that no process is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def obtain(name: str) -> Path:
