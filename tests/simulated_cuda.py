@@ -89,10 +89,14 @@ def matmul(
     bias: np.ndarray | None = None,
     act_scales: str = "group",
     peaks: np.ndarray | None = None,
+    before: ap.RMSNorm | ap.SwiGLU | None = None,
+    residual: np.ndarray | None = None,
     out_dtype: str = "float32",
     integers: bool = False,
 ) -> np.ndarray:
     """``[M, N]``, or of given codes `x` and with `integers` ``int32[M, N, groups]``.
+
+    Rows of `x` have 2 K values for `SwiGLU`.
 
     Without a `tile` it is the one that is planned for the device. With `quantizes` a single row is
     quantized by the product, else by a launch before; without, as planned.
@@ -103,7 +107,8 @@ def matmul(
     signs = None if w.rotation is None else w.rotation.sign_words(k)
     operands = {
         "x": x, "tiles": w.planes, "scales": w.scales, "offsets": w.offsets, "bias": bias,
-        "signs": signs, "peaks": peaks,
+        "signs": signs, "peaks": peaks, "residual": residual,
+        "norm_scale": before.scale if isinstance(before, ap.RMSNorm) else None,
     }  # fmt: skip
     dtype = jnp.dtype(np.int32 if integers else out_dtype)
     shape = (m, n, w.groups) if integers else (m, n)
@@ -121,14 +126,18 @@ def matmul(
     }
     dtypes = {
         f"{name}_dtype": "float32" if value is None else value.dtype.name
-        for name, value in (("scale", w.scales), ("offset", w.offsets), ("bias", bias))
-    }
+        for name, value in (
+            ("scale", w.scales), ("offset", w.offsets), ("bias", bias), ("residual", residual)
+        )
+    }  # fmt: skip
     launches = extension.launches(
         **problem, **dtypes, **results, method=method, tile=tile, splits=splits,
         clustered=clustered, quantizes=quantizes,
         arch=device["arch"], multiprocessors=device["multiprocessors"],
         block=w.rotation.block if w.rotation else 0,
         out_dtype="float32" if integers else out_dtype,
+        before={ap.RMSNorm: "rms_norm", ap.SwiGLU: "swiglu"}.get(type(before), "none"),
+        eps=before.eps if isinstance(before, ap.RMSNorm) else 0.0,
         **{name: _place(memory, value) for name, value in operands.items()},
     )  # fmt: skip
     run(launches, memory, device["arch"])

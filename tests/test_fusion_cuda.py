@@ -18,7 +18,7 @@ from flax import nnx
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_cuda_lowering import CHECKS, Call, calls_of, packed, program_of, rows
+from test_cuda_lowering import Call, calls_of, packed, program_of, rows
 from test_sharding import make_mesh
 
 import jax_anyprec as ap
@@ -26,8 +26,6 @@ from jax_anyprec import _native, fusion, local_cuda_fused
 from jax_anyprec.models import Cache, Llama, LlamaConfig, merge_projections
 
 TARGET = local_cuda_fused.TARGET
-# While no extension has it, it is not among the published names.
-CHECKS.append(export.DisabledSafetyCheck.custom_call(TARGET))
 M, N, K = 5, 40, 256
 NORM = ap.RMSNorm(np.linspace(0.5, 1.5, K, dtype=np.float32), 1e-5)
 
@@ -175,6 +173,13 @@ def test_a_layer_of_llama_is_four_products(cuda: Extension) -> None:
     kinds = [(call.attributes["before"], call.operands[7] != "0xf32") for call in found]
     layer = [("rms_norm", False), ("none", True), ("rms_norm", False), ("swiglu", True)]
     assert kinds == 2 * layer
+
+
+def test_the_extension_has_it() -> None:
+    backend = _native.cuda()
+    if backend.module is None:
+        pytest.skip(str(backend.reason))
+    assert names(run, rows(M, K), packed(N, K, 4), rows(M, N)) == ["cuda_fused_matmul"]
 
 
 # --- the composition ---

@@ -91,6 +91,8 @@ Launch make_launch(Kernel kernel, int64_t grid_x, int64_t grid_y, int threads, i
   return l;
 }
 
+constexpr const char* kBefore[] = {"none", "rms_norm", "swiglu"};
+
 constexpr int kChunk = 1024;  // values of a warp of a prologue
 constexpr int kMostWarps = 16;
 
@@ -141,7 +143,7 @@ int stream_stages(int64_t stage, int64_t row, int64_t blocks, const Device& devi
 }
 
 Launch stream_launch(const Problem& p, const Plan& plan, const Device& device, const Gemm& gemm,
-                     const Prologue& prologue) {
+                     const Prologue& prologue, const Buffers& b) {
   int m = static_cast<int>(p.m), tiles_of_block = stream_tiles(gemm.passes, m);
   int64_t stage = stream_stage_bytes(plan.method, p.weight_bits, gemm.passes, m, plan.quantizes);
   int64_t row = !plan.quantizes ? 0
@@ -151,7 +153,8 @@ Launch stream_launch(const Problem& p, const Plan& plan, const Device& device, c
   int stages = stream_stages(stage, row, columns * plan.splits, device);
   int64_t sums = 4 * kStreamWarps * stream_sums(tiles_of_block);
   auto quantize_at = static_cast<int32_t>(stages * stage);
-  Stream params{gemm, prologue, plan.quantizes, plan.clustered, quantize_at, stages};
+  Stream params{gemm,           prologue,       b.residual,  b.residual_dtype,
+                plan.quantizes, plan.clustered, quantize_at, stages};
   Launch launch = make_launch(stream_kernel(plan.method, p.weight_bits, tiles_of_block),
                               columns, plan.splits, 32 * kStreamWarps,
                               std::max(stages * stage + row, sums), params);
@@ -160,8 +163,8 @@ Launch stream_launch(const Problem& p, const Plan& plan, const Device& device, c
 }
 
 Launch reduce_launch(const Problem& p, const Plan& plan, const Buffers& b) {
-  Reduce reduce{b.parts,     b.bias,      b.out,
-                b.bias_dtype, b.out_dtype, plan.splits,
+  Reduce reduce{b.parts,      b.bias,           b.residual,  b.out,
+                b.bias_dtype, b.residual_dtype, b.out_dtype, plan.splits,
                 static_cast<int32_t>(p.n), p.m * p.n};
   return make_launch(Kernel::anyprec_reduce, ceil_div(reduce.count, 4 * kReduceThreads), 1,
                      kReduceThreads, 0, reduce);
@@ -181,6 +184,13 @@ void check_sizes(const Problem& p) {
 
 }  // namespace
 
+Before parse_before(const std::string& name) {
+  for (size_t i = 0; i < std::size(kBefore); ++i) {
+    if (name == kBefore[i]) return static_cast<Before>(i);
+  }
+  throw std::invalid_argument("before must be none, rms_norm or swiglu, got " + name);
+}
+
 const char* name_of(Kernel kernel) { return kNames[static_cast<int>(kernel)]; }
 
 std::vector<Launch> quantize_launches(const Problem& p, const void* x, const uint32_t* signs,
@@ -198,12 +208,19 @@ std::vector<Launch> quantize_launches(const Problem& p, const void* x, const uin
 std::vector<Launch> matmul_launches(const Problem& p, const Plan& plan, const Device& device,
                                     const Buffers& b) {
   check_sizes(p);
+  bool fused = b.before != Before::kNone || b.residual != nullptr;
+  if (fused && plan.tile != Tile::kStream) {
+    throw std::invalid_argument("only tile stream has products with a norm, a gate or a residual");
+  }
   if (p.m == 0 || p.n == 0) return {};
   Layout layout = layout_of(plan.method, p);
   Prologue prologue{};
   prologue.x = b.x;
   prologue.signs = b.signs;
   prologue.peaks = b.peaks;
+  prologue.norm_scale = b.norm_scale;
+  prologue.before = b.before;
+  prologue.eps = b.eps;
   prologue.payload = b.workspace;
   prologue.scales = reinterpret_cast<float*>(b.workspace + p.m * layout.scales);
   prologue.blocks = static_cast<int32_t>(layout.blocks);
@@ -243,7 +260,7 @@ std::vector<Launch> matmul_launches(const Problem& p, const Plan& plan, const De
 
   std::vector<Launch> launches;
   if (!plan.quantizes) launches.push_back(prologue_launch(p, output, prologue));
-  launches.push_back(plan.tile == Tile::kStream ? stream_launch(p, plan, device, gemm, prologue)
+  launches.push_back(plan.tile == Tile::kStream ? stream_launch(p, plan, device, gemm, prologue, b)
                                                 : gemm_launch(p, plan, gemm));
   if (in_parts) launches.push_back(reduce_launch(p, plan, b));
   for (size_t i = 1; i < launches.size(); ++i) launches[i].dependent = true;

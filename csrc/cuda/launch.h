@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -23,7 +24,7 @@ struct Launch {
   uint32_t cluster;  // blocks of a column of the grid that are a cluster; 1 for none
   bool dependent;    // it may begin before the last one ends, for which it waits itself (ptx.cuh)
   size_t param_bytes;
-  alignas(16) std::byte params[256];  // the kernel's only parameter
+  alignas(16) std::byte params[272];  // the kernel's only parameter
 };
 
 // Operands and results; absent ones are null.
@@ -40,10 +41,20 @@ struct Buffers {
   float* parts;        // [splits][m][n], null if splits is 1 or the plan is clustered
   DType scale_dtype, offset_dtype, bias_dtype, out_dtype;
   int64_t block;       // Hadamard block, 0 for no rotation
+  // What only products of few rows have: x is [m][2 k] before kSwiGlu.
+  Before before;
+  float eps;                // of kRmsNorm, as the scale is
+  const float* norm_scale;  // [k]
+  const void* residual;     // [m][n]
+  DType residual_dtype;
 };
+
+// By its name in compiled programs; throws std::invalid_argument.
+Before parse_before(const std::string& name);
 
 // A product, or with problem.integers its integer part, whose x are codes, on a device. The first
 // launch isn't a dependent one: what comes before is XLA's, and may write what this one reads.
+// Throws std::invalid_argument unless the plan has all that buffers ask for.
 std::vector<Launch> matmul_launches(const Problem& problem, const Plan& plan, const Device& device,
                                     const Buffers& buffers);
 

@@ -12,6 +12,9 @@ enum class DType : int32_t { kF32, kF16, kBF16, kU8 };  // kU8: codes of activat
 // How a product is computed: 1-bit tensor cores, 8-bit ones, or bfloat16 ones for float activations.
 enum class Method : int32_t { kPlanes, kCodes, kFloat };
 
+// What values go through before they are activations of a product (jax_anyprec/before.py).
+enum class Before : int32_t { kNone, kRmsNorm, kSwiGlu };
+
 // Activations lie in blocks of 64 bytes a row and pass. In a block, lane q of a quad of lanes has
 // bytes 16 q .. 16 q + 15, which is what it multiplies with:
 //   kPlanes  512 bits of one plane (a pass each, the most significant first); words q + 4 r
@@ -60,12 +63,13 @@ constexpr int kReduceThreads = 256;
 
 // Parameters of the kernels that lay activations out.
 struct Prologue {
-  const void* x;          // [m][k] of dtype, or codes
+  const void* x;          // [m][k] of dtype, or codes; gates and values [m][2][k] for kSwiGlu
   const uint32_t* signs;  // [words(k)], a set bit is -1
   const float* peaks;     // [m] largest magnitudes to scale by, or null for each row's own
   uint8_t* payload;       // as above, or codes [m][k]
   float* scales;          // [act_groups][m], for codes [m][act_groups]
   void* sums;             // [groups][m] or null
+  const float* norm_scale;  // [k] for kRmsNorm
   DType dtype;
   int32_t m, k, blocks;
   int32_t bits;           // of a code; number of parts of floats
@@ -73,6 +77,8 @@ struct Prologue {
   float norm;             // 1 / sqrt(block)
   int32_t act_group_words, act_groups;  // words and number of groups of activation scales
   int32_t group_words, groups;          // and of weights' scales, for the sums
+  Before before;
+  float eps;              // of kRmsNorm
 };
 
 // Parameters of the kernels that multiply. Each of `splits` z takes `split_blocks` blocks of K.
@@ -98,6 +104,8 @@ struct Gemm {
 struct Stream {
   Gemm gemm;
   Prologue prologue;
+  const void* residual;  // [m][n] or null, added to results
+  DType residual_dtype;
   bool quantizes;       // the row, not a prologue
   bool clustered;       // the splits are a cluster of blocks
   int32_t quantize_at;  // where in shared memory
@@ -106,10 +114,11 @@ struct Stream {
 
 // Parameters of the kernel that adds the parts of a split product.
 struct Reduce {
-  const float* parts;  // [splits][m][n]
-  const void* bias;    // [n] or null
-  void* out;           // [m][n]
-  DType bias_dtype, out_dtype;
+  const float* parts;    // [splits][m][n]
+  const void* bias;      // [n] or null
+  const void* residual;  // [m][n] or null
+  void* out;             // [m][n]
+  DType bias_dtype, residual_dtype, out_dtype;
   int32_t splits, n;
   int64_t count;  // m * n
 };

@@ -1,95 +1,20 @@
-// Activations of one row, by one block of threads: rotate, scale, round, sum, and lay out as the
-// products read them (product.h). A "piece" is the 32 values of a word; four lanes have it. Results
+// Activations of one row, by one block of threads: scale, round, sum, and lay out as the products
+// read them (product.h). A "piece" is the 32 values of a word; four lanes have it. Results
 // may lie in global memory, or in shared memory for a product in the same kernel.
 #pragma once
 
 #include <algorithm>
 
-#include "lanes.cuh"
-#include "values.cuh"
+#include "activations.cuh"
 
 namespace anyprec::cuda {
 
 // What is made: one of the payloads of product.h, or codes one after another.
 enum class Output { kPlanes, kCodes, kFloat, kPlain };
 
-constexpr int kValues = 8;            // neighbours in a lane
-constexpr int kRuns = 4;              // of them, 256 apart
-constexpr int kChunk = 32 * kValues * kRuns;  // values of a warp, and the longest Hadamard block
-using Chunk = float[kRuns][kValues];
-
-// Eight values from `at`, zeros past k.
-__device__ inline void load_values(const Prologue& p, int row, int at, float (&v)[kValues]) {
-  with_dtype(p.dtype, p.x, [&](auto* x) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
-    x += int64_t{row} * p.k + at;
-    if (p.k % kValues == 0 && at < p.k) {  // rows are aligned, and end with eight
-      constexpr int kWidth = std::min<int>(kValues, 16 / sizeof(T));
-#pragma unroll
-      for (int i = 0; i < kValues; i += kWidth) {
-        auto pack = *reinterpret_cast<const Pack<T, kWidth>*>(x + i);
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) v[i + j] = to_float(pack.x[j]);
-      }
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) v[i] = at + i < p.k ? to_float(x[i]) : 0.0f;
-  });
-}
-
-// One round: sums and differences of values `kDistance` apart. The order of rounds is the format's.
-template <int kDistance>
-__device__ inline void butterfly(Chunk& v, int lane) {
-#pragma unroll
-  for (int r = 0; r < kRuns; ++r) {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      if constexpr (kDistance < kValues) {
-        if (i & kDistance) continue;
-        float a = v[r][i], b = v[r][i + kDistance];
-        v[r][i] = a + b, v[r][i + kDistance] = a - b;
-      } else if constexpr (kDistance < 32 * kValues) {
-        constexpr int kLanes = kDistance / kValues;
-        float other = from_lane_across(v[r][i], kLanes);
-        v[r][i] = lane & kLanes ? other - v[r][i] : v[r][i] + other;
-      } else {
-        constexpr int kApart = kDistance / (32 * kValues);
-        if (r & kApart) continue;
-        float a = v[r][i], b = v[r + kApart][i];
-        v[r][i] = a + b, v[r + kApart][i] = a - b;
-      }
-    }
-  }
-}
-
-__device__ inline void hadamard(Chunk& v, int lane, int block, float norm) {
-  butterfly<1>(v, lane), butterfly<2>(v, lane), butterfly<4>(v, lane);
-  butterfly<8>(v, lane), butterfly<16>(v, lane), butterfly<32>(v, lane);
-  if (block > 64) butterfly<64>(v, lane);
-  if (block > 128) butterfly<128>(v, lane);
-  if (block > 256) butterfly<256>(v, lane);
-  if (block > 512) butterfly<512>(v, lane);
-#pragma unroll
-  for (auto& run : v) {
-    // Never fused with what follows: results are the same bits everywhere.
-    for (float& x : run) x = __fmul_rn(x, norm);
-  }
-}
-
-__device__ inline void load_chunk(const Prologue& p, int row, int first, int lane, Chunk& v) {
-#pragma unroll
-  for (int r = 0; r < kRuns; ++r) {
-    int at = first + r * 32 * kValues + lane * kValues;
-    load_values(p, row, at, v[r]);
-    if (p.block == 0 || at >= p.k) continue;
-    uint32_t signs = p.signs[at / kWordBits] >> (at % kWordBits);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      v[r][i] = __uint_as_float(__float_as_uint(v[r][i]) ^ ((signs >> i) << 31));
-    }
-  }
-  if (p.block != 0) hadamard(v, lane, p.block, p.norm);
+// Whether RMSNorm or SwiGLU may come before: in products of few rows, which have no planes.
+constexpr bool is_fused(Output output) {
+  return output == Output::kCodes || output == Output::kFloat;
 }
 
 // Bits of the largest magnitude of a lane's values: they are ordered as magnitudes, NaN last.
@@ -247,7 +172,7 @@ __device__ inline void lay_out_floats(const Prologue& p, int row, int first, int
                                       float* pieces) {
 #pragma unroll
   for (int r = 0; r < kRuns; ++r) {
-    int at = first + r * 32 * kValues + lane * kValues;
+    int at = index_of(first, r, lane);
     float sum = 0;
 #pragma unroll
     for (float& x : v[r]) {
@@ -268,7 +193,7 @@ __device__ inline void lay_out_codes(const Prologue& p, int row, int first, int 
   auto* given = static_cast<const uint8_t*>(p.x) + int64_t{row} * p.k;
 #pragma unroll
   for (int r = 0; r < kRuns; ++r) {
-    int at = first + r * 32 * kValues + lane * kValues, piece = at / kWordBits;
+    int at = index_of(first, r, lane), piece = at / kWordBits;
     float inverse = 0;
     if (!kGiven && at < p.k) {
       float scale = pieces[piece];
@@ -301,6 +226,19 @@ __device__ inline void lay_out_codes(const Prologue& p, int row, int first, int 
   }
 }
 
+// Largest magnitudes of pieces.
+__device__ inline void find_largest(const Prologue& p, int first, int lane, const Chunk& v,
+                                    float* pieces) {
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    uint32_t largest = largest_bits(v[r]);
+    largest = max(largest, from_lane_across(largest, 1));
+    largest = max(largest, from_lane_across(largest, 2));
+    int at = index_of(first, r, lane);
+    if (lane % 4 == 0 && at < p.k) pieces[at / kWordBits] = __uint_as_float(largest);
+  }
+}
+
 // Lays out one row. `pieces` are words(k) floats of shared memory.
 template <Output kOutput, bool kGiven>
 __device__ inline void lay_out_row(const Prologue& p, int row, float* pieces) {
@@ -308,34 +246,32 @@ __device__ inline void lay_out_row(const Prologue& p, int row, float* pieces) {
   int mine = threadIdx.x / 32 * kChunk;
   constexpr int kBlockValues = kOutput == Output::kPlanes ? 512 : kOutput == Output::kCodes ? 64 : 32;
   int end = kOutput == Output::kPlain ? p.k : p.blocks * kBlockValues;
+  constexpr bool kFused = is_fused(kOutput) && !kGiven;
+  float root = 1;
+  if constexpr (kFused) {
+    if (p.before == Before::kRmsNorm) root = inverse_rms(p, row, pieces);
+  }
   Chunk v;
   int held = -1;  // first index of the chunk in v
-  if constexpr (!kGiven && kOutput != Output::kFloat) {
-    for (int first = mine; first < p.k; first += step) {
-      load_chunk(p, row, first, lane, v);
+  constexpr bool kScaled = kOutput != Output::kFloat && !kGiven;
+#pragma unroll 1  // scales first, where there are any, with the same code that reads values
+  for (int pass = kScaled ? 0 : 1; pass < 2; ++pass) {
+    for (int first = mine; first < end; first += step) {
+      // Rows that fit the registers are read once.
+      if (!kGiven && first != held) load_activations<kFused>(p, row, root, first, lane, v);
       held = first;
-#pragma unroll
-      for (int r = 0; r < kRuns; ++r) {
-        uint32_t largest = largest_bits(v[r]);
-        largest = max(largest, from_lane_across(largest, 1));
-        largest = max(largest, from_lane_across(largest, 2));
-        int at = first + r * 32 * kValues + lane * kValues;
-        if (lane % 4 == 0 && at < p.k) pieces[at / kWordBits] = __uint_as_float(largest);
+      if (pass == 0) {
+        find_largest(p, first, lane, v, pieces);
+      } else if constexpr (kOutput == Output::kFloat) {
+        lay_out_floats(p, row, first, lane, v, pieces);
+      } else {
+        lay_out_codes<kOutput, kGiven>(p, row, first, lane, v, pieces);
       }
     }
+    if (pass != 0) break;
     __syncthreads();
     choose_scales<kOutput>(p, row, pieces);
     __syncthreads();
-  }
-  for (int first = mine; first < end; first += step) {
-    // Rows that fit the registers are read once.
-    if (!kGiven && first != held) load_chunk(p, row, first, lane, v);
-    held = first;
-    if constexpr (kOutput == Output::kFloat) {
-      lay_out_floats(p, row, first, lane, v, pieces);
-    } else {
-      lay_out_codes<kOutput, kGiven>(p, row, first, lane, v, pieces);
-    }
   }
   if (kOutput == Output::kPlain || p.sums == nullptr) return;
   __syncthreads();

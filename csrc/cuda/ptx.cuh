@@ -49,6 +49,13 @@ __device__ inline void wait_copies(int left) {
   }
 }
 
+// 1 / x to a unit in the last place; also where it is subnormal.
+__device__ inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // --- compute capability 9.0 and newer: launches that begin early, and clusters of blocks ---
 
 // Once all blocks of a launch have called begin_next_launch(), or ended, the next one may begin, if

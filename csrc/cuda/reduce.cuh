@@ -1,4 +1,4 @@
-// The parts of a split product, their sum, bias and cast.
+// The parts of a split product, their sum, bias, residual and cast.
 #pragma once
 
 #include "ptx.cuh"
@@ -29,6 +29,12 @@ __device__ inline void reduce(const Reduce& p) {
     with_dtype(p.bias_dtype, p.bias, [&](auto* bias) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[i] += i < count ? to_float(bias[(at + i) % p.n]) : 0.0f;
+    });
+  }
+  if (p.residual != nullptr) {
+    with_dtype(p.residual_dtype, p.residual, [&](auto* residual) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y[i] += i < count ? to_float(residual[at + i]) : 0.0f;
     });
   }
   store_pack(p.out_dtype, p.out, at, y, count, aligned);

@@ -129,30 +129,36 @@ class WarpStream {
   const uint4* values_;
 };
 
-// Brings scales, offsets and bias to the L2 cache, so that ends of groups don't wait for memory:
-// those of the block's columns, for words first .. last - 1 of K.
+// Brings scales, offsets, bias and residual to the L2 cache, so that ends of groups don't wait for
+// memory: those of the block's columns, for words first .. last - 1 of K.
 template <typename Config>
-__device__ inline void prefetch_factors(const Gemm& p, int first, int last) {
+__device__ inline void prefetch_factors(const Stream& stream, int first, int last) {
+  const Gemm& p = stream.gemm;
   int lane = threadIdx.x % kWarp, last_group = min(p.groups, (last - 1) / p.group_words + 1) - 1;
   auto row = [](const void* rows, DType dtype, int64_t at) {
-    prefetch(static_cast<const uint8_t*>(rows) + at * kTile * (dtype == DType::kF32 ? 4 : 2));
+    prefetch(static_cast<const uint8_t*>(rows) + at * (dtype == DType::kF32 ? 4 : 2));
   };
 #pragma unroll
   for (int i = 0; i < Config::kTiles; ++i) {
     int tile = blockIdx.x * Config::kTiles + i;
     if (tile >= tiles(p.n)) break;
     for (int group = first / p.group_words + lane; group <= last_group; group += kWarp) {
-      int64_t at = int64_t{tile} * p.groups + group;
+      int64_t at = (int64_t{tile} * p.groups + group) * kTile;
       row(p.scales, p.scale_dtype, at);
       if (p.offsets != nullptr) row(p.offsets, p.offset_dtype, at);
     }
-    if (p.bias != nullptr && threadIdx.x == 0) row(p.bias, p.bias_dtype, tile);
+    int n = tile * kTile, m = threadIdx.x;
+    if (p.bias != nullptr && m == 0) row(p.bias, p.bias_dtype, n);
+    if (stream.residual != nullptr && m < p.m) {
+      row(stream.residual, stream.residual_dtype, int64_t{m} * p.n + n);
+    }
   }
 }
 
 // Writes result `at` of the block, numbered as in store_sums(), or its part of a split one.
 template <typename Config>
-__device__ inline void store_sum(const Gemm& p, int at, float sum, bool part) {
+__device__ inline void store_sum(const Stream& stream, int at, float sum, bool part) {
+  const Gemm& p = stream.gemm;
   int lane = at % kWarp, c = at / kWarp % 4, q = lane % 4, g = lane / 4;
   int i = at / kWarp / 4 / Config::kShape.slices, s = at / kWarp / 4 % Config::kShape.slices;
   int n = blockIdx.x * Config::kShape.columns() + 16 * i + 2 * g + c / 2, m = 8 * s + 2 * q + c % 2;
@@ -161,17 +167,17 @@ __device__ inline void store_sum(const Gemm& p, int at, float sum, bool part) {
     static_cast<float*>(p.out)[(int64_t{blockIdx.y} * p.m + m) * p.n + n] = sum;
     return;
   }
-  if (p.bias != nullptr) {
-    with_dtype(p.bias_dtype, p.bias, [&](auto* bias) { sum += to_float(bias[n]); });
-  }
+  if (p.bias != nullptr) sum += load(p.bias_dtype, p.bias, n);
+  int64_t where = int64_t{m} * p.n + n;
+  if (stream.residual != nullptr) sum += load(stream.residual_dtype, stream.residual, where);
   const float value[1] = {sum};
-  store_pack(p.out_dtype, p.out, int64_t{m} * p.n + n, value, 1, true);
+  store_pack(p.out_dtype, p.out, where, value, 1, true);
 }
 
 // Adds the sums of the block's warps and, in a cluster, of its blocks, each of which adds and
 // writes a share of the results.
 template <typename Config, typename Sums>
-__device__ inline void store_sums(const Gemm& p, bool clustered, const Sums& y, float* shared) {
+__device__ inline void store_sums(const Stream& p, const Sums& y, float* shared) {
   constexpr int kSlices = Config::kShape.slices;
   constexpr int kCount = stream_sums(Config::kTiles), kThreads = kStreamWarps * kWarp;
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -184,22 +190,22 @@ __device__ inline void store_sums(const Gemm& p, bool clustered, const Sums& y, 
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kStreamWarps; ++w) sum += shared[w * kCount + at];
-    if (clustered) {
+    if (p.clustered) {
       shared[at] = sum;  // only this thread reads or writes it until the barrier
     } else {
-      store_sum<Config>(p, at, sum, p.splits > 1);
+      store_sum<Config>(p, at, sum, p.gemm.splits > 1);
     }
   }
-  if (!clustered) return;
+  if (!p.clustered) return;
   arrive_at_cluster();
   wait_for_cluster();
   constexpr int kMost = std::max(1, kCount / 2 / kThreads);  // results of a thread
-  int share = kCount / p.splits, first = blockIdx.y * share;
+  int share = kCount / p.gemm.splits, first = blockIdx.y * share;
   float sums[kMost] = {};
 #pragma unroll
   for (int j = 0; j < kMost; ++j) {
     int i = j * kThreads + threadIdx.x;
-    for (int block = 0; i < share && block < p.splits; ++block) {
+    for (int block = 0; i < share && block < p.gemm.splits; ++block) {
       sums[j] += load_of_block(shared + first + i, block);
     }
   }
@@ -247,7 +253,7 @@ __device__ inline void stream(const Stream& p) {
   int first = min(all, (static_cast<int>(blockIdx.y) * kStreamWarps + warp) * each);
   int last = min(all, first + each);
   WarpStream<Config> copies(p, shared, last);
-  prefetch_factors<Config>(p.gemm, first * Config::kWords, last * Config::kWords);
+  prefetch_factors<Config>(p, first * Config::kWords, last * Config::kWords);
   copies.begin(first);
   begin_next_launch();  // it adds parts
   Gemm gemm = p.gemm;
@@ -312,7 +318,7 @@ __device__ inline void stream(const Stream& p) {
       }
     }
   }
-  store_sums<Config>(gemm, p.clustered, y, reinterpret_cast<float*>(shared));
+  store_sums<Config>(p, y, reinterpret_cast<float*>(shared));
 }
 
 }  // namespace anyprec::cuda

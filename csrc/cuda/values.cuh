@@ -26,6 +26,13 @@ __device__ inline void with_dtype(DType dtype, const void* p, F&& f) {
   }
 }
 
+// The float at element `at`.
+__device__ inline float load(DType dtype, const void* p, int64_t at) {
+  float x = 0;
+  with_dtype(dtype, p, [&](auto* typed) { x = to_float(typed[at]); });
+  return x;
+}
+
 // `kCount` neighbours, read and written as one.
 template <typename T, int kCount>
 struct alignas(kCount * sizeof(T)) Pack {

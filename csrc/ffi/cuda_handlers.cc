@@ -2,6 +2,7 @@
 #include "cuda_handlers.h"
 
 #include <bit>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -61,19 +62,27 @@ void check_plan(const Problem& p, const Plan& plan) {
 
 namespace {
 
-// x [M, K] and tiles of N columns, which must have the shape that follows.
-Problem read_problem(const ffi::AnyBuffer& x, DType dtype, const ffi::AnyBuffer& weights, int64_t n,
-                     int64_t act_bits, int64_t group_size, int64_t act_group_size, bool rotated) {
+struct Size {
+  int64_t m, k;
+};
+
+Size read_matrix(const ffi::AnyBuffer& x) {
   require(x.dimensions().size() == 2, "activations must have two axes");
+  return {x.dimensions()[0], x.dimensions()[1]};
+}
+
+// Activations of m rows of k, and tiles of N columns, which must have the shape that follows.
+Problem read_problem(int64_t m, int64_t k, DType dtype, const ffi::AnyBuffer& weights, int64_t n,
+                     int64_t act_bits, int64_t group_size, int64_t act_group_size, bool rotated) {
   auto dims = weights.dimensions();
   require(weights.element_type() == ffi::DataType::U32 && dims.size() == 4,
           "weights must be uint32 tiles with four axes");
   require(act_bits >= 0 && act_bits <= kMaxBits, "activation bits out of range");
   require(dims[2] >= 1 && dims[2] <= kMaxBits, "weight bits out of range");
   Problem p{};
-  p.m = x.dimensions()[0];
+  p.m = m;
   p.n = n;
-  p.k = x.dimensions()[1];
+  p.k = k;
   p.act_bits = static_cast<int>(act_bits);
   p.weight_bits = static_cast<int>(dims[2]);
   p.group_size = group_size;
@@ -180,7 +189,8 @@ ffi::Error int_matmul(CUstream_st* stream, ffi::AnyBuffer codes, ffi::AnyBuffer 
   return guarded([&] {
     require(codes.element_type() == ffi::DataType::U8, "codes must be uint8");
     require(out->dimensions().size() == 3, "result must have three axes");
-    Problem p = read_problem(codes, DType::kU8, weights, out->dimensions()[1], act_bits, group_size,
+    auto [m, k] = read_matrix(codes);
+    Problem p = read_problem(m, k, DType::kU8, weights, out->dimensions()[1], act_bits, group_size,
                              group_size, false);
     require(out->element_type() == ffi::DataType::S32 &&
                 has_shape(*out, {p.m, p.n, group_count(p.k, group_size)}),
@@ -196,6 +206,41 @@ ffi::Error int_matmul(CUstream_st* stream, ffi::AnyBuffer codes, ffi::AnyBuffer 
   });
 }
 
+// What all products of floats have, but for their scratch memory.
+Buffers read_buffers(const Problem& p, const ffi::AnyBuffer& x, const ffi::AnyBuffer& weights,
+                     const ffi::AnyBuffer& scales, const ffi::AnyBuffer& offsets,
+                     const ffi::AnyBuffer& bias, const ffi::AnyBuffer& signs, int64_t block,
+                     ffi::AnyBuffer& out) {
+  Buffers b{};
+  b.x = x.untyped_data();
+  b.tiles = static_cast<const uint32_t*>(weights.untyped_data());
+  b.scales = read_groups(scales, p, "scales do not match the weights");
+  b.scale_dtype = float_type<DType>(scales.element_type());
+  if (!absent(offsets)) {
+    b.offsets = read_groups(offsets, p, "offsets do not match the weights");
+    b.offset_dtype = float_type<DType>(offsets.element_type());
+  }
+  if (!absent(bias)) {
+    require(has_shape(bias, {p.n}), "bias must be [N]");
+    b.bias = bias.untyped_data();
+    b.bias_dtype = float_type<DType>(bias.element_type());
+  }
+  b.signs = read_signs(signs, block, p.k);
+  b.block = block;
+  require(has_shape(out, {p.m, p.n}), "result must be [M, N]");
+  b.out = out.untyped_data();
+  b.out_dtype = float_type<DType>(out.element_type());
+  return b;
+}
+
+const float* read_peaks(const ffi::AnyBuffer& peaks, const Problem& p) {
+  if (absent(peaks)) return nullptr;
+  require(peaks.element_type() == ffi::DataType::F32 && has_shape(peaks, {p.m}) &&
+              p.act_group_size == p.k && p.act_bits > 0,
+          "peaks must be float32[M], for one scale a token");
+  return static_cast<const float*>(peaks.untyped_data());
+}
+
 ffi::Error matmul(CUstream_st* stream, ffi::AnyBuffer x, ffi::AnyBuffer weights,
                   ffi::AnyBuffer scales, ffi::AnyBuffer offsets, ffi::AnyBuffer bias,
                   ffi::AnyBuffer signs, ffi::AnyBuffer peaks, ffi::Result<ffi::AnyBuffer> out,
@@ -205,33 +250,60 @@ ffi::Error matmul(CUstream_st* stream, ffi::AnyBuffer x, ffi::AnyBuffer weights,
                   bool quantizes) {
   return guarded([&] {
     require(out->dimensions().size() == 2, "result must have two axes");
-    Problem p = read_problem(x, float_type<DType>(x.element_type()), weights, out->dimensions()[1],
-                             act_bits, group_size, act_group_size, block != 0);
-    require(has_shape(*out, {p.m, p.n}), "result must be [M, N]");
-    Buffers b{};
-    b.x = x.untyped_data();
-    b.tiles = static_cast<const uint32_t*>(weights.untyped_data());
-    b.scales = read_groups(scales, p, "scales do not match the weights");
-    b.scale_dtype = float_type<DType>(scales.element_type());
-    if (!absent(offsets)) {
-      b.offsets = read_groups(offsets, p, "offsets do not match the weights");
-      b.offset_dtype = float_type<DType>(offsets.element_type());
-    }
-    if (!absent(bias)) {
-      require(has_shape(bias, {p.n}), "bias must be [N]");
-      b.bias = bias.untyped_data();
-      b.bias_dtype = float_type<DType>(bias.element_type());
-    }
-    if (!absent(peaks)) {
-      require(peaks.element_type() == ffi::DataType::F32 && has_shape(peaks, {p.m}) &&
-                  act_group_size == p.k && act_bits > 0,
-              "peaks must be float32[M], for one scale a token");
-      b.peaks = static_cast<const float*>(peaks.untyped_data());
-    }
-    b.signs = read_signs(signs, block, p.k);
-    b.block = block;
-    b.out = out->untyped_data();
-    b.out_dtype = float_type<DType>(out->element_type());
+    auto [m, k] = read_matrix(x);
+    Problem p = read_problem(m, k, float_type<DType>(x.element_type()), weights,
+                             out->dimensions()[1], act_bits, group_size, act_group_size,
+                             block != 0);
+    Buffers b = read_buffers(p, x, weights, scales, offsets, bias, signs, block, *out);
+    b.peaks = read_peaks(peaks, p);
+    Device device = current_device();
+    Plan plan = read_plan(p, method, tile, splits, clustered, quantizes, device);
+    b.workspace = read_workspace(*workspace, p, plan.method);
+    b.parts = read_parts(*parts, p, plan);
+    run(matmul_launches(p, plan, device, b), stream);
+  });
+}
+
+void read_norm(const ffi::AnyBuffer& scale, float eps, const Problem& p, Buffers& b) {
+  require(std::isfinite(eps) && eps >= 0, "eps must be finite and not negative");
+  if (b.before != Before::kRmsNorm) {
+    require(absent(scale), "the scale of a norm must be [0] where there is none");
+    return;
+  }
+  require(scale.element_type() == ffi::DataType::F32 && has_shape(scale, {p.k}),
+          "the scale of a norm must be float32[K]");
+  b.norm_scale = static_cast<const float*>(scale.untyped_data());
+  b.eps = eps;
+}
+
+void read_residual(const ffi::AnyBuffer& residual, const Problem& p, Buffers& b) {
+  if (absent(residual)) return;
+  require(has_shape(residual, {p.m, p.n}), "residual must be [M, N]");
+  b.residual = residual.untyped_data();
+  b.residual_dtype = float_type<DType>(residual.element_type());
+}
+
+ffi::Error fused_matmul(CUstream_st* stream, ffi::AnyBuffer x, ffi::AnyBuffer weights,
+                        ffi::AnyBuffer scales, ffi::AnyBuffer offsets, ffi::AnyBuffer bias,
+                        ffi::AnyBuffer signs, ffi::AnyBuffer norm_scale, ffi::AnyBuffer residual,
+                        ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
+                        ffi::Result<ffi::AnyBuffer> parts, int64_t act_bits, int64_t group_size,
+                        int64_t act_group_size, int64_t block, std::string_view method,
+                        std::string_view tile, int64_t splits, bool clustered, bool quantizes,
+                        std::string_view before, float eps) {
+  return guarded([&] {
+    require(out->dimensions().size() == 2, "result must have two axes");
+    auto [m, k] = read_matrix(x);
+    Before first = parse_before(std::string(before));
+    require(first != Before::kSwiGlu || k % 2 == 0, "x must be [M, 2 K] for swiglu");
+    if (first == Before::kSwiGlu) k /= 2;
+    Problem p = read_problem(m, k, float_type<DType>(x.element_type()), weights,
+                             out->dimensions()[1], act_bits, group_size, act_group_size,
+                             block != 0);
+    Buffers b = read_buffers(p, x, weights, scales, offsets, bias, signs, block, *out);
+    b.before = first;
+    read_norm(norm_scale, eps, p, b);
+    read_residual(residual, p, b);
     Device device = current_device();
     Plan plan = read_plan(p, method, tile, splits, clustered, quantizes, device);
     b.workspace = read_workspace(*workspace, p, plan.method);
@@ -289,6 +361,33 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaMatmulHandler, matmul,
                                   .Attr<int64_t>("splits")
                                   .Attr<bool>("clustered")
                                   .Attr<bool>("quantizes"),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaFusedMatmulHandler, fused_matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<CUstream_st*>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("act_bits")
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<int64_t>("act_group_size")
+                                  .Attr<int64_t>("block")
+                                  .Attr<std::string_view>("method")
+                                  .Attr<std::string_view>("tile")
+                                  .Attr<int64_t>("splits")
+                                  .Attr<bool>("clustered")
+                                  .Attr<bool>("quantizes")
+                                  .Attr<std::string_view>("before")
+                                  .Attr<float>("eps"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace anyprec::cuda

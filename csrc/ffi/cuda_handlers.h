@@ -13,5 +13,6 @@ void check_plan(const Problem& problem, const Plan& plan);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(CudaQuantizeHandler);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(CudaIntMatmulHandler);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(CudaMatmulHandler);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(CudaFusedMatmulHandler);
 
 }  // namespace anyprec::cuda

@@ -24,6 +24,7 @@ py::dict registrations() {
   handlers["jax_anyprec_cuda_quantize"] = capsule(CudaQuantizeHandler);
   handlers["jax_anyprec_cuda_int_matmul"] = capsule(CudaIntMatmulHandler);
   handlers["jax_anyprec_cuda_matmul"] = capsule(CudaMatmulHandler);
+  handlers["jax_anyprec_cuda_fused_matmul"] = capsule(CudaFusedMatmulHandler);
   return handlers;
 }
 
@@ -109,7 +110,8 @@ py::list launches(int64_t rows, int64_t n, int64_t k, int act_bits, int weight_b
                   uint64_t bias, uint64_t signs, uint64_t peaks, uint64_t out, uint64_t workspace,
                   uint64_t parts, const std::string& scale_dtype,
                   const std::string& offset_dtype, const std::string& bias_dtype,
-                  const std::string& out_dtype) {
+                  const std::string& out_dtype, const std::string& before, float eps,
+                  uint64_t norm_scale, uint64_t residual, const std::string& residual_dtype) {
   Problem p = make_problem(rows, n, k, act_bits, weight_bits, group_size, act_group_size, x_dtype,
                            rotated, integers);
   Plan plan{parse_method(method), parse_tile(tile), splits, clustered, quantizes, ""};
@@ -130,6 +132,11 @@ py::list launches(int64_t rows, int64_t n, int64_t k, int act_bits, int weight_b
   b.bias_dtype = parse_dtype(bias_dtype);
   b.out_dtype = parse_dtype(out_dtype);
   b.block = block;
+  b.before = parse_before(before);
+  b.eps = eps;
+  b.norm_scale = pointer<const float*>(norm_scale);
+  b.residual = pointer<const void*>(residual);
+  b.residual_dtype = parse_dtype(residual_dtype);
   return to_python(matmul_launches(p, plan, {arch, multiprocessors, clustered}, b));
 }
 
@@ -182,7 +189,8 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         py::arg("x"), py::arg("tiles"), py::arg("scales"), py::arg("offsets"), py::arg("bias"),
         py::arg("signs"), py::arg("peaks"), py::arg("out"), py::arg("workspace"),
         py::arg("parts"), py::arg("scale_dtype"), py::arg("offset_dtype"), py::arg("bias_dtype"),
-        py::arg("out_dtype"),
+        py::arg("out_dtype"), py::arg("before") = "none", py::arg("eps") = 0.0f,
+        py::arg("norm_scale") = 0, py::arg("residual") = 0, py::arg("residual_dtype") = "float32",
         "What a product launches, without launching it: kernel, grid, threads, shared (bytes), "
         "cluster, dependent and params (bytes) of each. Operands are addresses, 0 if absent.");
   m.def("quantize_launches", &quantize_calls, py::kw_only(), py::arg("rows"), py::arg("k"),

@@ -129,11 +129,36 @@ void check_stream(const Problem& p, const Plan& plan, const Launch& l, const std
   check(sums <= l.shared_bytes, what + ": room for sums");
 }
 
+// A product of few rows hands what surrounds it to the launches that compute it, and to no other.
+void check_fused(const Problem& p, const Plan& plan, const Device& device) {
+  std::string what = describe(p, plan) + ", fused";
+  Buffers b = buffers();
+  b.before = Before::kRmsNorm;
+  b.eps = 1e-5f;
+  b.norm_scale = reinterpret_cast<const float*>(0x8000);
+  b.residual = reinterpret_cast<const void*>(0x9000);
+  b.residual_dtype = DType::kF16;
+  std::vector<Launch> launches = matmul_launches(p, plan, device, b);
+  size_t before = !plan.quantizes;
+  Stream s = params_of<Stream>(launches[before], what);
+  Prologue prologue = plan.quantizes ? s.prologue : params_of<Prologue>(launches[0], what);
+  check(prologue.before == Before::kRmsNorm && prologue.eps == 1e-5f &&
+            prologue.norm_scale == b.norm_scale,
+        what + ": the norm");
+  check(s.residual == b.residual && s.residual_dtype == DType::kF16, what + ": residual");
+  if (launches.size() == before + 1) return;
+  Reduce reduce = params_of<Reduce>(launches[before + 1], what);
+  check(reduce.residual == b.residual && reduce.residual_dtype == DType::kF16,
+        what + ": residual of a sum of parts");
+}
+
 void check_stream_launches(const Problem& p, const Plan& plan, const std::vector<Launch>& launches,
                            const std::string& what) {
   size_t before = !plan.quantizes, after = plan.splits > 1 && !plan.clustered;
   check(launches.size() == before + 1 + after, what + ": number of launches");
   check_stream(p, plan, launches[before], what);
+  Stream s = params_of<Stream>(launches[before], what);
+  check(s.prologue.before == Before::kNone && s.residual == nullptr, what + ": nothing is fused");
 }
 
 void check_launches(const Problem& p, const Plan& plan, const Device& device) {
@@ -146,7 +171,10 @@ void check_launches(const Problem& p, const Plan& plan, const Device& device) {
     check(launches.empty(), what + ": nothing to compute");
     return;
   }
-  if (plan.tile == Tile::kStream) return check_stream_launches(p, plan, launches, what);
+  if (plan.tile == Tile::kStream) {
+    check_stream_launches(p, plan, launches, what);
+    return check_fused(p, plan, device);
+  }
   check(launches.size() == (plan.splits == 1 ? 2u : 3u), what + ": number of launches");
   Prologue prologue = params_of<Prologue>(launches[0], what);
   check(launches[0].grid[0] == p.m && launches[0].threads <= 512, what + ": prologue's grid");
@@ -397,6 +425,7 @@ void test_refusals() {
   check(contains(error_of([&] { make_plan(p, {75, 40, false}, ""); }), "8.0"), "no method on 7.5");
   check(contains(error_of([] { parse_method("fast"); }), "got fast"), "name of a method");
   check(contains(error_of([] { parse_tile("huge"); }), "got huge"), "name of a tile");
+  check(contains(error_of([] { parse_before("relu"); }), "got relu"), "name of what comes before");
   Plan plan{Method::kCodes, Tile::kNarrow, 1, false, false, ""};
   check(contains(error_of([&] {
           matmul_launches(problem(1, int64_t{1} << 32, 64, 2, 2), plan, kH100, buffers());
@@ -404,6 +433,13 @@ void test_refusals() {
   check(contains(error_of([&] {
           matmul_launches(problem(1, int64_t{1} << 30, 4096, 2, 8), plan, kH100, buffers());
         }), "64 GiB"), "weights too large");
+  Buffers gated = buffers(), added = buffers();
+  gated.before = Before::kSwiGlu;
+  added.residual = added.x;
+  for (const Buffers& b : {gated, added}) {
+    check(contains(error_of([&] { matmul_launches(p, plan, kH100, b); }), "only tile stream"),
+          "a fused product in other tiles");
+  }
 }
 
 void test_quantize() {
@@ -415,7 +451,7 @@ void test_quantize() {
   check(launches(7).size() == 1, "quantize is one launch");
   Prologue p = params_of<Prologue>(launches(7)[0], "quantize");
   check(p.payload == buffers().workspace && p.scales == buffers().parts && p.sums == nullptr &&
-            p.m == 7 && p.k == 320 && p.bits == 4,
+            p.m == 7 && p.k == 320 && p.bits == 4 && p.before == Before::kNone,
         "quantize writes codes and scales, and no sums");
 }
 
