@@ -42,8 +42,10 @@ from . import ggml_types
 from .report import Row, table, write_json
 
 BUDGETS = (2.3, 2.7, 3.5, 4.5)
-TYPES = ("Q8_0", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "Q3_K", "IQ3_S", "Q2_K", "IQ2_S")
+TYPES = ("IQ4_NL", "Q4_0", "Q3_K", "IQ3_S", "Q2_K", "IQ2_S", "Q4_K", "Q5_0", "Q5_K", "Q8_0")
 ACTIVATIONS = ((8, "token"), (6, "token"), (4, "group"), (4, "token"))
+
+BOTH = (True, False)
 
 Prepare = Callable[[Any], None]
 """Changes a float model in place."""
@@ -171,10 +173,8 @@ def peers(data: np.ndarray) -> Iterator[tuple[str, Any]]:
         return round_to_type(model, name, given)
 
     for name in TYPES:
-        for with_importance in (False, True):
-            needs = name.startswith(("IQ2", "Q2_K")) and not with_importance
-            if (name == "Q8_0" and with_importance) or needs:
-                continue
+        # Q8_0 ignores a matrix, IQ2_S needs one.
+        for with_importance in (True,) if name == "IQ2_S" else (False,) if name == "Q8_0" else BOTH:
             setting = f"ggml {name}" + ", importance matrix" * with_importance
             yield setting, functools.partial(prepare, name=name, with_importance=with_importance)
 

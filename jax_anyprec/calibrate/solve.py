@@ -128,7 +128,9 @@ class _Grid:
 
     def choose(self, rows: jax.Array) -> jax.Array:
         """Scales ``float32[N]`` for the rows ``[group_size, N]`` of a group."""
-        return self.kept(choose_scales(rows.T, self.bits, self.scales))
+        # Transposed once, and not anew by each step of the search.
+        columns = jax.lax.optimization_barrier(rows.T)
+        return self.kept(choose_scales(columns, self.bits, self.scales))
 
     def kept(self, scales: jax.Array) -> jax.Array:
         """Scales as they will be stored."""
@@ -156,45 +158,49 @@ def _gptq(grid: _Grid, weights: jax.Array, moment: jax.Array) -> tuple[jax.Array
     k, n = weights.shape
     factor = _inverse_factor(moment)
 
-    def round_block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def round_group(group: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         weights, codes, scales = state
-        start = i * BLOCK
-        group = start // grid.group_size
         first = group * grid.group_size
-        scales = jax.lax.cond(
-            start == first,
-            lambda: scales.at[group].set(
-                grid.choose(jax.lax.dynamic_slice_in_dim(weights, first, grid.group_size))
-            ),
-            lambda: scales,
-        )
-        local = _block_of(_block_of(factor, start), start, axis=1)
+        rows = jax.lax.dynamic_slice_in_dim(weights, first, grid.group_size)
+        scale = grid.choose(rows)
 
-        def round_row(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            rows, chosen, errors = state
-            code = grid.encode(rows[j], scales[group])
-            value = grid.decode(code[None], scales[group], start + j)[0]
-            error = (rows[j] - value) / local[j, j]
-            later = jnp.where(jnp.arange(BLOCK) > j, local[j], 0)
-            rows = rows - later[:, None] * error
-            return rows, chosen.at[j].set(code), errors.at[j].set(error)
+        def round_block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            weights, codes = state
+            start = first + i * BLOCK
+            local = _block_of(_block_of(factor, start), start, axis=1)
 
-        begin = (_block_of(weights, start), jnp.zeros((BLOCK, n), jnp.uint8), jnp.zeros((BLOCK, n)))
-        _, chosen, errors = jax.lax.fori_loop(0, BLOCK, round_row, begin)
-        carried = jnp.where(jnp.arange(k) >= start + BLOCK, _block_of(factor, start), 0)
-        codes = jax.lax.dynamic_update_slice_in_dim(codes, chosen, start, 0)
-        return weights - carried.T @ errors, codes, scales
+            def round_row(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                rows, chosen, errors = state
+                code = grid.encode(rows[j], scale)
+                value = grid.decode(code[None], scale, start + j)[0]
+                error = (rows[j] - value) / local[j, j]
+                later = jnp.where(jnp.arange(BLOCK) > j, local[:, j], 0)
+                rows = rows - later[:, None] * error
+                return rows, chosen.at[j].set(code), errors.at[j].set(error)
 
-    begin = (weights, jnp.zeros((k, n), jnp.uint8), jnp.zeros((k // grid.group_size, n)))
-    _, codes, scales = jax.lax.fori_loop(0, k // BLOCK, round_block, begin)
+            zeros = jnp.zeros((BLOCK, n), jnp.uint8), jnp.zeros((BLOCK, n))
+            begin = (_block_of(weights, start), *zeros)
+            _, chosen, errors = jax.lax.fori_loop(0, BLOCK, round_row, begin)
+            later = jnp.arange(k)[:, None] >= start + BLOCK
+            carried = jnp.where(later, _block_of(factor, start, axis=1), 0)
+            codes = jax.lax.dynamic_update_slice_in_dim(codes, chosen, start, 0)
+            return weights - carried @ errors, codes
+
+        blocks = grid.group_size // BLOCK
+        weights, codes = jax.lax.fori_loop(0, blocks, round_block, (weights, codes))
+        return weights, codes, scales.at[group].set(scale)
+
+    groups = k // grid.group_size
+    begin = (weights, jnp.zeros((k, n), jnp.uint8), jnp.zeros((groups, n)))
+    _, codes, scales = jax.lax.fori_loop(0, groups, round_group, begin)
     return codes, scales
 
 
 def _inverse_factor(moment: jax.Array) -> jax.Array:
-    """The upper triangular U with ``U' U`` the inverse of the moment."""
+    """The lower triangular L with ``L L'`` the inverse of the moment."""
     factor = jax.scipy.linalg.cho_factor(moment, lower=True)
     inverse = jax.scipy.linalg.cho_solve(factor, jnp.eye(moment.shape[0]))
-    return jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+    return jnp.linalg.cholesky((inverse + inverse.T) / 2)
 
 
 def _refit(
