@@ -70,10 +70,10 @@ def default_rules(model: nnx.Module, bits: int, **options: Any) -> list[tuple[st
     ]
 
 
-def batches_of(windows: np.ndarray) -> list[jax.Array]:
-    """Windows ``int32[windows, context]`` in batches of `BATCH`."""
-    starts = range(0, len(windows), BATCH)
-    return [jnp.asarray(windows[start : start + BATCH]) for start in starts]
+def batches_of(windows: np.ndarray, size: int = BATCH) -> list[jax.Array]:
+    """Windows ``int32[windows, context]`` in batches of `size`."""
+    starts = range(0, len(windows), size)
+    return [jnp.asarray(windows[start : start + size]) for start in starts]
 
 
 def calibrate_decoder(
@@ -109,7 +109,7 @@ def decoder_costs(
     return ap.calibrate.measure_costs(
         model,
         rules,
-        batches_of(windows[:: -(-len(windows) // FEW)]),
+        batches_of(windows[:: -(-len(windows) // FEW)], 1),  # derivatives take much memory
         loss=ap.calibrate.sampled_loss,
         call=lambda decoder, tokens: decoder(tokens),
         progress=progress,
