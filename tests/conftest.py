@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 jax.config.update("jax_num_cpu_devices", 8)  # one computes, unless a test asks for more
 
 
-LONGEST = ("test_cuda_kernels", "test_accuracy", "test_isa", "test_products")
+LONGEST = ("test_cuda_kernels", "test_accuracy", "test_isa", "test_calibrate", "test_products")
 """Files that take the longest begin first, so that no process is left alone with one at the end."""
 
 
