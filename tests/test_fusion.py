@@ -44,12 +44,15 @@ def normalised(x: np.ndarray, scale: np.ndarray, eps: float, dtype: str) -> orac
 
 
 def gated(x: np.ndarray, dtype: str) -> oracle.Bounded:
-    """Float32 roundings: the exponential [4], its sum, quotient and two products. Gates so low that
-    the exponential overflows give 0, less than the smallest normal number off."""
+    """Float32 roundings: the exponential [4], its sum, quotient and two products.
+
+    Sigmoids below 2^-126, the smallest normal number, may become 0. Gates for which that changes
+    anything are below 2^7 in magnitude, so 2^-119 up is lost at most.
+    """
     gate, up = np.split(x.astype(np.float64), 2, -1)
     with np.errstate(over="ignore"):
         y = gate / (1 + np.exp(-gate)) * up
-    return rounded(y, oracle.gamma(10) * np.abs(y) + 2.0**-120 * np.abs(up), dtype)
+    return rounded(y, oracle.gamma(10) * np.abs(y) + 2.0**-119 * np.abs(up), dtype)
 
 
 def rounded(y: np.ndarray, error: np.ndarray, dtype: str) -> oracle.Bounded:
