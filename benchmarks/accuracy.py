@@ -36,7 +36,7 @@ from jax_anyprec.models.calibration import (
 )
 from jax_anyprec.models.evaluate import Evaluator, choose_windows, encode_texts
 from jax_anyprec.models.wikipedia import read_articles
-from jax_anyprec.nnx.convert import Found, find
+from jax_anyprec.nnx.convert import Found, quantized_by
 
 from . import ggml_types
 from .report import Row, table, write_json
@@ -181,8 +181,7 @@ def peers(data: np.ndarray) -> Iterator[tuple[str, Any]]:
 
 def linear_layers(model: Any) -> list[Found]:
     """The layers that are quantized by default."""
-    wanted = {path for path, _ in default_rules(model, 4)}
-    return [found for found in find(model) if found.layer.path in wanted]
+    return [found for found, _ in quantized_by(model, ap.Quantization(weights=4))]
 
 
 def importances(data: np.ndarray) -> dict[str, np.ndarray]:

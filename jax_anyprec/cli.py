@@ -66,6 +66,16 @@ class Bits(click.ParamType):
 WEIGHTS = Bits("file", "float")
 ACTIVATIONS = Bits("float")
 
+model_option = click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A GGUF file or a Hugging Face folder. "
+    "Default: SmolLM2-135M-Instruct, fetched if missing (93 MB).",
+)
+activations_option = click.option(
+    "--activations", type=ACTIVATIONS, help="Bits of the activations.  [default: 8]"
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 
 
@@ -83,13 +93,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("prompt")
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="A GGUF file or a Hugging Face folder. "
-    "Default: SmolLM2-135M-Instruct, fetched if missing (93 MB).",
-)
+@model_option
 @click.option("--system", metavar="TEXT", help="The system message. Default: the checkpoint's.")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, with no chat template.")
 @click.option(
@@ -125,7 +129,7 @@ def cli() -> None:
     help="Bits of the weights. 'file': packed as the checkpoint has them, without loss; "
     "'float': unpacked, with float activations.",
 )
-@click.option("--activations", type=ACTIVATIONS, help="Bits of the activations.  [default: 8]")
+@activations_option
 @click.option(
     "--group-size",
     type=click.IntRange(1),
@@ -320,13 +324,7 @@ def fetch_command(name: str) -> None:
 
 
 @cli.command("eval")
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="A GGUF file or a Hugging Face folder. "
-    "Default: SmolLM2-135M-Instruct, fetched if missing (93 MB).",
-)
+@model_option
 @click.option(
     "--setting",
     "settings",
@@ -424,13 +422,7 @@ def evaluate(
 
 @cli.command("quantize")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="A GGUF file or a Hugging Face folder of a decoder. "
-    "Default: SmolLM2-135M-Instruct, fetched if missing (93 MB).",
-)
+@model_option
 @click.option("--bits", type=click.IntRange(1, 8), help="Of each weight.  [default: 4]")
 @click.option(
     "--budget",
@@ -438,7 +430,7 @@ def evaluate(
     help="Bits a weight on average, scales included, in place of --bits: layers get 1 to 8 bits "
     "by what they are worth.",
 )
-@click.option("--activations", type=ACTIVATIONS, help="Bits of the activations.  [default: 8]")
+@activations_option
 @click.option(
     "--group-size",
     type=click.IntRange(32),
@@ -499,7 +491,7 @@ def quantize_command(
         rules: Any = default_rules(
             loaded.model,
             bits or 4,
-            activations=activations if isinstance(activations, int) else _default(activations),
+            activations=_activation_bits(activations),
             group_size=group_size,
         )
         if budget is not None:
@@ -549,7 +541,7 @@ def make_quantization(
     try:
         return Quantization(
             weights=weights if isinstance(weights, int) else None,
-            activations=activations if isinstance(activations, int) else _default(activations),
+            activations=_activation_bits(activations),
             group_size=group_size,
             rotate=rotate,
             act_scales=act_scales,
@@ -588,7 +580,10 @@ def parse_setting(text: str) -> Quantization | None:
     )
 
 
-def _default(activations: str | None) -> int | None:
+def _activation_bits(activations: int | str | None) -> int | None:
+    """The bits of the option, 8 where it was not given; None for "float"."""
+    if isinstance(activations, int):
+        return activations
     return 8 if activations is None else None
 
 

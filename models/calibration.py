@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 import jax_anyprec as ap
-from jax_anyprec.nnx.convert import find
+from jax_anyprec.nnx.convert import Found, quantized_by
 from jax_anyprec.quantization import Quantization
 from jax_anyprec.rotation import MIN_BLOCK
 
@@ -61,13 +61,15 @@ def default_quantization(
 
 def default_rules(model: nnx.Module, bits: int, **options: Any) -> list[tuple[str, Quantization]]:
     """`default_quantization` of each layer that is quantized unless told otherwise."""
-    planned = ap.plan(model, Quantization(weights=bits), errors=False).layers
-    rows = {f.layer.path: f.layer.matrix[-2] for f in find(model) if f.layer.matrix is not None}
     return [
-        (layer.path, default_quantization(rows[layer.path], bits, **options))
-        for layer in planned
-        if layer.quantization is not None
+        (found.layer.path, default_quantization(_rows(found), bits, **options))
+        for found, _ in quantized_by(model, Quantization(weights=bits))
     ]
+
+
+def _rows(found: Found) -> int:
+    assert found.layer.matrix is not None
+    return found.layer.matrix[-2]
 
 
 def batches_of(windows: np.ndarray, size: int = BATCH) -> list[jax.Array]:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..format import check_bits
-from ..nnx.convert import Found, find
-from ..plan import describe, make_plan
+from ..nnx.convert import Found, quantized_by
+from ..plan import describe
 from ..quantization import Quantization
 from ..rules import Rules
 from .moments import Moments
@@ -76,14 +76,15 @@ def choose(layers: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
     Raises:
       ValueError: even the smallest choices need more than the budget.
     """
-    taken = [steps[0] for steps in map(_hull, layers)]
-    for chosen in path_of(layers):
-        if sum(c.nbytes for c in chosen) > budget:
-            break
-        taken = chosen
+    allocations = iter(path_of(layers))
+    taken = next(allocations)
     least = sum(c.nbytes for c in taken)
     if least > budget:
         raise ValueError(f"budget must be at least {least} bytes for these choices, got {budget}")
+    for chosen in allocations:
+        if sum(c.nbytes for c in chosen) > budget:
+            break
+        taken = chosen
     return taken
 
 
@@ -200,25 +201,21 @@ def measure_costs(
       ValueError: a rule does not fit, or a layer is not called with these batches or has no inputs
         that are rows of one matrix.
     """
-    found = find(model)
-    plan = make_plan([f.layer for f in found], rules, errors=False)
-    plan.require_quantized()
-    wanted = {p.path: p.quantization for p in plan.layers if p.quantization is not None}
-    layers = [f for f in found if f.layer.path in wanted]
-    run = (lambda m, batch: m(batch)) if call is None else call
-    rows = [f for f in layers if f.has_rows]
-    seen = sensitivities(model, rows, list(batches), loss=loss, call=run)
     widths = [check_bits(each, "bits") for each in bits]
+    layers = quantized_by(model, rules)
+    rows = [f for f, _ in layers if f.has_rows]
+    run = (lambda m, batch: m(batch)) if call is None else call
+    seen = sensitivities(model, rows, list(batches), loss=loss, call=run)
     table = []
-    for i, each in enumerate(layers, 1):
+    for i, (each, quantization) in enumerate(layers, 1):
         path = each.layer.path
         if path not in seen:
             raise ValueError(f"layer {path!r} shows no inputs in these batches: leave it out")
-        table.append(tuple(_choices(each, seen[path], wanted[path], widths)))
+        table.append(tuple(_choices(each, seen[path], quantization, widths)))
         if progress is not None:
             progress(i, len(layers))
-    paths = tuple(each.layer.path for each in layers)
-    return Costs(paths, tuple(table), sum(map(_count, layers)))
+    found = [each for each, _ in layers]
+    return Costs(tuple(f.layer.path for f in found), tuple(table), sum(map(_count, found)))
 
 
 def _count(found: Found) -> int:

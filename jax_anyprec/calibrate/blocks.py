@@ -8,7 +8,8 @@ is left as soon as block i is reached: so nothing need be known of how a model c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 from flax import nnx
 
@@ -87,14 +88,11 @@ class Blocks:
         """What block i is called with in a batch, if block i - 1 gives `output`."""
         recorded, gate = _Recorded(), _Gate()
         recorded.output = output
-        stands = [recorded] * i + [gate]
-        for reference, stand in zip(self.blocks, stands, strict=False):
-            reference.replace(stand)
-        try:
-            self.call(self.model, batch)
-        except _Reached as reached:
-            return reached.args[0]
-        finally:
-            for reference, stand in zip(self.blocks, stands, strict=False):
-                reference._replace(node=stand).replace(cast(nnx.Module, reference.node))
+        with ExitStack() as stack:
+            for reference, stand_in in zip(self.blocks, [recorded] * i + [gate], strict=False):
+                stack.enter_context(reference.replaced(stand_in))
+            try:
+                self.call(self.model, batch)
+            except _Reached as reached:
+                return reached.args[0]
         raise ValueError(f"block {self.blocks[i].path!r} is not called")

@@ -77,8 +77,8 @@ def add(moments: Moments, x: jax.Array, f: jax.Array, *, inputs: Inputs) -> Mome
         x = _rounded(x, inputs.bits, inputs.group_size or x.shape[-1])
     x, f = _weighted(x, f)
     return Moments(
-        moments.own + _product(x, x),
-        moments.cross + _product(x, f),
+        moments.own + product(x, x),
+        moments.cross + product(x, f),
         moments.own_sum + x.sum(0),
         moments.reference_sum + f.sum(0),
         moments.rows + x.shape[0],
@@ -97,7 +97,8 @@ def _weighted(x: jax.Array, f: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x * factor, f * factor
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a' b`` of ``float32[rows, K]`` each, summed over rows in full float32."""
     return jnp.matmul(a.T, b, precision="highest")
 
 

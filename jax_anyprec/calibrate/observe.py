@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -30,13 +30,10 @@ class Observer(nnx.Module, pytree=False):
 @contextmanager
 def put(found: Found, module: nnx.Module) -> Iterator[None]:
     """Within it, `module` is in the place of a layer."""
-    for reference in found.references:
-        reference.replace(module)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for reference in found.references:
-            reference._replace(node=module).replace(found.module)
+            stack.enter_context(reference.replaced(module))
+        yield
 
 
 def observe(layers: Sequence[Found], run: Run, show: Callable[[Found, Any], None]) -> None:

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..nnx.convert import Found, find
+from ..nnx.convert import Found, find, quantized_by
 from ..nnx.packed import Packed
 from ..nnx.references import held
-from ..plan import Layer, make_plan
+from ..plan import Layer
 from ..quantization import Quantization
 from ..rules import Rules
 from ..tensor import QuantizedTensor
@@ -64,12 +64,7 @@ class Calibration:
         progress: Progress,
         store: str | os.PathLike[str] | None,
     ):
-        found = find(model)
-        plan = make_plan([f.layer for f in found], rules, errors=False)
-        plan.require_quantized()
-        self.todo: dict[str, Quantization] = {
-            p.path: p.quantization for p in plan.layers if p.quantization is not None
-        }
+        self.todo = {f.layer.path: each for f, each in quantized_by(model, rules)}
         self.done: list[CalibratedLayer] = []
         self.model, self.batches, self.method = model, batches, method
         self.call, self.progress, self.total = call, progress, len(self.todo)
@@ -127,7 +122,8 @@ class Calibration:
             runs = [
                 Runs(
                     packed_model.run_of(i, batch, output),
-                    exact_model.run_of(i, batch, exact_output),
+                    # What it gives is asked for twice: as its layers' inputs are seen, and then.
+                    functools.cache(exact_model.run_of(i, batch, exact_output)),
                 )
                 for batch, (output, exact_output) in zip(self.batches, outputs, strict=True)
             ]

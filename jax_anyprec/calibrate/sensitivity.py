@@ -18,6 +18,7 @@ from flax import nnx
 
 from ..nnx.convert import Found
 from .blocks import Call
+from .moments import product
 from .observe import put
 
 Loss = Callable[[Any, jax.Array], jax.Array]
@@ -81,16 +82,16 @@ def sensitivities(
     for i, batch in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(seed), i)
         for path, (x, g) in _derivatives(model, layers, batch, key, loss, call).items():
-            new = Sensitivity(_square(x), (g.astype(jnp.float32) ** 2).sum(0))
+            new = _sums(x, g)
             sums[path] = jax.tree.map(jnp.add, sums[path], new) if path in sums else new
             rows[path] = rows.get(path, 0) + len(x)
     return {path: jax.tree.map(lambda s, n=rows[path]: s / n, sums[path]) for path in sums}
 
 
 @jax.jit
-def _square(x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.float32)
-    return jnp.matmul(x.T, x, precision="highest")
+def _sums(x: jax.Array, g: jax.Array) -> Sensitivity:
+    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    return Sensitivity(product(x, x), (g * g).sum(0))
 
 
 def _derivatives(

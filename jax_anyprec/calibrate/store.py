@@ -69,10 +69,10 @@ class Store:
         return _read_part(self.path, self._index["parts"][name])
 
     def write(self, name: str, part: Part) -> None:
-        """Add a part, or replace it."""
+        """Add a part that is not there."""
         file = f"part-{len(self._index['parts'])}.safetensors"
         save(self.path / file, {str(i): dict(each) for i, each in enumerate(part.weights)})
-        entry = {"file": file, "layers": [_to_json(layer) for layer in part.layers]}
+        entry = {"file": file, "layers": [dataclasses.asdict(layer) for layer in part.layers]}
         self._index["parts"][name] = entry
         text = json.dumps(self._index, indent=1).encode()
 
@@ -136,13 +136,9 @@ def _read_part(path: Path, entry: Any) -> Part:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / INDEX} has a part that can't be read: {error}") from None
     weights = load(path / name)
-    if sorted(weights, key=int) != [str(i) for i in range(len(layers))]:
+    if set(weights) != {str(i) for i in range(len(layers))}:
         raise CheckpointError(f"{path / name} lacks layers that {INDEX} lists, or has others")
     return Part(layers, tuple(weights[str(i)] for i in range(len(layers))))
-
-
-def _to_json(layer: CalibratedLayer) -> dict[str, Any]:
-    return dataclasses.asdict(layer)
 
 
 def _from_json(fields: dict[str, Any]) -> CalibratedLayer:

@@ -40,6 +40,15 @@ def quantize_nnx(model: nnx.Module, rules: Rules | Plan) -> nnx.Module:
     return model
 
 
+def quantized_by(model: nnx.Module, rules: Rules | Plan) -> list[tuple[Found, Quantization]]:
+    """The layers that rules quantize, and how; ValueError if they quantize none."""
+    found = find(model)
+    plan = make_plan([f.layer for f in found], rules, errors=False)
+    plan.require_quantized()
+    pairs = zip(found, (p.quantization for p in plan.layers), strict=True)
+    return [(f, quantization) for f, quantization in pairs if quantization is not None]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Kind:
     """A float layer of Flax that has a packed counterpart.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 from flax import nnx
 
@@ -23,6 +24,15 @@ class Reference(NamedTuple):
         """Put `new` in the place of the node."""
         value = _substitute(getattr(self.parent, self.attribute), self.node, new)
         setattr(self.parent, self.attribute, value)
+
+    @contextmanager
+    def replaced(self, stand_in: nnx.Module) -> Iterator[None]:
+        """Within it, `stand_in` is in the place of the node."""
+        self.replace(stand_in)
+        try:
+            yield
+        finally:
+            self._replace(node=stand_in).replace(cast(nnx.Module, self.node))
 
 
 def references(model: nnx.Module) -> Iterator[Reference]:
