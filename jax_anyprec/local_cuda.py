@@ -82,7 +82,7 @@ def matmul(
     """``float[M, K]`` and a packed ``[K, N]`` -> ``[M, N]`` in `out_dtype`."""
     columns = p["columns"]
     x, signs, block = _rotated(x, signs, p["block"])
-    m, k = x.shape
+    k = x.shape[1]
     n = output_columns(planes, columns)
     chosen = plan(
         n, k, rows=known_rows(x), weight_bits=weight_bits(planes, columns),
@@ -92,18 +92,39 @@ def matmul(
     if columns is None:
         planes, scales = fmt.tile_planes(planes), fmt.tile_groups(scales)
         offsets = offsets if offsets.ndim == 1 else fmt.tile_groups(offsets)
+    operands = (x, planes, scales, offsets, bias, signs, peaks)
+    return call_product("jax_anyprec_cuda_matmul", operands, chosen, n, p, block=block)
+
+
+def call_product(
+    target: str,
+    operands: tuple[jax.Array, ...],
+    chosen: dict[str, Any],
+    n: int,
+    p: Params,
+    **attributes: Any,
+) -> jax.Array:
+    """The custom call of a product as planned, ``[M, N]`` in `out_dtype`.
+
+    Args:
+      operands: of the call; the first has M rows.
+      chosen: from `plan`.
+      p: parameters of `matmul`.
+      attributes: of the call, beside those that are in `p` and `chosen`.
+    """
+    m = operands[0].shape[0]
     parts = 0 if chosen["splits"] == 1 or chosen["clustered"] else chosen["splits"]
     results = (
         jax.ShapeDtypeStruct((m, n), p["out_dtype"]),
         jax.ShapeDtypeStruct((m, chosen["workspace_row_bytes"]), jnp.uint8),  # activations
         jax.ShapeDtypeStruct((parts, m, n), jnp.float32),  # to be added by a launch
     )
-    call = jax.ffi.ffi_call("jax_anyprec_cuda_matmul", results)
-    return call(
-        x, planes, scales, offsets, bias, signs, peaks,
+    return jax.ffi.ffi_call(target, results)(
+        *operands,
         act_bits=p["act_bits"] or 0, group_size=p["group_size"],
-        act_group_size=p["act_group_size"], block=block,
+        act_group_size=p["act_group_size"],
         **{name: chosen[name] for name in ("method", "tile", "splits", "clustered", "quantizes")},
+        **attributes,
     )[0]  # fmt: skip
 
 

@@ -54,23 +54,16 @@ def matmul(
         offsets = None if offsets is None else fmt.tile_groups(offsets)
     signs, block = sign_words(p["rotation"], k)
     norm = before if isinstance(before, RMSNorm) else None
-    parts = 0 if chosen["splits"] == 1 or chosen["clustered"] else chosen["splits"]
-    results = (
-        jax.ShapeDtypeStruct((m, n), p["out_dtype"]),
-        jax.ShapeDtypeStruct((m, chosen["workspace_row_bytes"]), jnp.uint8),  # activations
-        jax.ShapeDtypeStruct((parts, m, n), jnp.float32),  # to be added by a launch
-    )
-    call = jax.ffi.ffi_call(TARGET, results)
-    y = call(
+    operands = (
         x.reshape(m, x.shape[-1]), planes, scales, _or_absent(offsets), _or_absent(bias), signs,
         absent() if norm is None else norm.scale.astype(jnp.float32),
         absent() if residual is None else residual.reshape(m, n),
-        act_bits=p["act_bits"] or 0, group_size=p["group_size"],
-        act_group_size=p["act_group_size"], block=block,
-        **{name: chosen[name] for name in ("method", "tile", "splits", "clustered", "quantizes")},
+    )  # fmt: skip
+    y = local_cuda.call_product(
+        TARGET, operands, chosen, n, p, block=block,
         before={RMSNorm: "rms_norm", SwiGLU: "swiglu"}.get(type(before), "none"),
         eps=np.float32(0 if norm is None else norm.eps),
-    )[0]  # fmt: skip
+    )  # fmt: skip
     return y.reshape(*rows, n)
 
 
