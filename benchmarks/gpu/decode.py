@@ -13,23 +13,20 @@ the first case that decodes is traced. Rows are written as they are measured;
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import pathlib
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
-import jax_anyprec as ap
-
 from ..report import Row
-from .decode_rows import bounds, contestant, describe_case, describe_times, failure, log, trace
+from .decode_rows import bounds, contestant, describe_case, describe_times, failure, trace
 from .llamas import CONFIGS, Model, describe, draw_weights, nbytes
 from .logits import check
-from .machine import gpu, provenance
 from .rates import Peaks
+from .rows import about_run, log, write_rows
 from .shapes import precisions
 from .steps import (
     COMMAND_BUFFERS,
@@ -52,19 +49,7 @@ SPARE_BYTES = 3 * 2**30
 
 def main() -> None:
     options = parse_options()
-    try:
-        device = jax.devices(options.platform)[0]
-    except RuntimeError as error:
-        sys.exit(f"there is no device to measure: {error}")
-    failed = 0
-    options.rows.parent.mkdir(parents=True, exist_ok=True)
-    with jax.default_device(device), options.rows.open("w") as file:
-        for row in run(options, device):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            failed += "error" in row
-    if failed:
-        sys.exit(f"{failed} rows have errors, see {options.rows}")
+    write_rows(options.rows, options.platform, functools.partial(run, options))
 
 
 def parse_options() -> argparse.Namespace:
@@ -110,12 +95,7 @@ def run(options: argparse.Namespace, device: jax.Device) -> Iterator[Row]:
 
 
 def about(options: argparse.Namespace, device: jax.Device) -> Row:
-    return provenance("benchmarks.gpu.decode") | {
-        "platform": options.platform,
-        "device": device.device_kind,
-        "gpu": gpu() if options.platform == "cuda" else None,
-        "jax": jax.__version__,
-        "status": ap.status()[options.platform],
+    return about_run("benchmarks.gpu.decode", options.platform, device) | {
         "command_buffers": options.command_buffers,
         "compiler_options": COMMAND_BUFFERS[options.command_buffers],
         "rounds": options.rounds,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -13,6 +12,7 @@ from . import breakdown
 from .llamas import Model, nbytes
 from .rates import Peaks
 from .roofline import floor
+from .rows import log
 from .steps import Case, State, Step, Turn, draw_state, state_shapes
 
 BASELINE = "bf16"
@@ -103,7 +103,3 @@ def failure(error: Exception) -> Row:
     said = f"{type(error).__name__}: {error}"
     log(said)
     return {"error": said}
-
-
-def log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

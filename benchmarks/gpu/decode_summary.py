@@ -5,13 +5,12 @@ python -m benchmarks.gpu.decode_summary decode.jsonl
 
 from __future__ import annotations
 
-import argparse
 import json
-import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..report import Row, matrix, table
+from .rows import print_summary
 from .summary import error_table
 
 TARGETS = {2: 5.5, 4: 3.2}
@@ -127,10 +126,7 @@ def by_contestant(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", type=pathlib.Path, help="the file that decode wrote")
-    lines = parser.parse_args().rows.read_text().splitlines(keepends=True)
-    print(summarize(line for line in lines if line.endswith("\n")))  # a killed run's last may not
+    print_summary(__doc__.splitlines()[0], "decode", summarize)
 
 
 if __name__ == "__main__":

@@ -15,21 +15,18 @@ import functools
 import gc
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
-import jax_anyprec as ap
-
 from ..timing import speeds, spread
 from . import contestants, timing
 from .contestants import BASELINE, DOTS, Case, Contestant
-from .machine import gpu, provenance
 from .rates import Peaks
 from .roofline import floor
+from .rows import about_run, log, write_rows
 from .shapes import SELECTIONS, Selection
 
 CACHE_BYTES = 128 * 2**20
@@ -41,19 +38,7 @@ Entry = tuple[str, Callable[[], Contestant]]
 
 def main() -> None:
     options = parse_options()
-    try:
-        device = jax.devices(options.platform)[0]
-    except RuntimeError as error:
-        sys.exit(f"there is no device to measure: {error}")
-    failed = 0
-    options.rows.parent.mkdir(parents=True, exist_ok=True)
-    with jax.default_device(device), options.rows.open("w") as file:
-        for row in run(options, device):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            failed += "error" in row
-    if failed:
-        sys.exit(f"{failed} contestants failed, see {options.rows}")
+    write_rows(options.rows, options.platform, functools.partial(run, options))
 
 
 def parse_options() -> argparse.Namespace:
@@ -93,13 +78,8 @@ def run(options: argparse.Namespace, device: jax.Device) -> Iterator[Row]:
 
 
 def about(options: argparse.Namespace, device: jax.Device) -> Row:
-    return provenance("benchmarks.gpu.products") | {
+    return about_run("benchmarks.gpu.products", options.platform, device) | {
         "selection": options.selection,
-        "platform": options.platform,
-        "device": device.device_kind,
-        "gpu": gpu() if options.platform == "cuda" else None,
-        "jax": jax.__version__,
-        "status": ap.status()[options.platform],
         "rounds": options.rounds,
         "sample_seconds": timing.SAMPLE_SECONDS,
     }
@@ -192,10 +172,6 @@ def bounds(row: Row, peaks: Peaks | None) -> Row:
         "floor_limit": least.limit,
         "roofline_share": 1e6 * least.seconds / row["us"],
     }
-
-
-def log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

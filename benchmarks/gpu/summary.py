@@ -5,12 +5,11 @@ python -m benchmarks.gpu.summary products.jsonl
 
 from __future__ import annotations
 
-import argparse
 import json
-import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
 from ..report import Row, matrix, table
+from .rows import print_summary
 
 TARGETS = {"W1A1": 6.0, "W2A2": 2.5, "W4A4": 1.3, "W4A8": 1.3, "W8A8": 1.3}
 """Least factors over cuBLAS's bf16, the prologue included."""
@@ -122,10 +121,7 @@ def column(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", type=pathlib.Path, help="the file that products wrote")
-    lines = parser.parse_args().rows.read_text().splitlines(keepends=True)
-    print(summarize(line for line in lines if line.endswith("\n")))  # a killed run's last may not
+    print_summary(__doc__.splitlines()[0], "products", summarize)
 
 
 if __name__ == "__main__":

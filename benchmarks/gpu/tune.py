@@ -32,7 +32,8 @@ from ..report import Row
 from . import contestants, fit
 from .contestants import Case, Contestant
 from .machine import gpu, provenance
-from .products import CACHE_BYTES, log, race
+from .products import CACHE_BYTES, race
+from .rows import log
 from .shapes import MODELS, Precision, precisions
 
 LAYERS = (MODELS[2], MODELS[6], MODELS[4], MODELS[3])
