@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "../cuda/launch.h"
 #include "../cuda/run.h"
@@ -312,6 +313,24 @@ ffi::Error fused_matmul(CUstream_st* stream, ffi::AnyBuffer x, ffi::AnyBuffer we
   });
 }
 
+// A product after its operands: results, and attributes that say what it is and its plan.
+template <typename Binding>
+auto as_planned(Binding&& operands) {
+  return std::move(operands)
+      .template Ret<ffi::AnyBuffer>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Attr<int64_t>("act_bits")
+      .template Attr<int64_t>("group_size")
+      .template Attr<int64_t>("act_group_size")
+      .template Attr<int64_t>("block")
+      .template Attr<std::string_view>("method")
+      .template Attr<std::string_view>("tile")
+      .template Attr<int64_t>("splits")
+      .template Attr<bool>("clustered")
+      .template Attr<bool>("quantizes");
+}
+
 }  // namespace
 
 // They can be captured in command buffers (CUDA graphs): see run().
@@ -340,52 +359,28 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaIntMatmulHandler, int_matmul,
                               {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaMatmulHandler, matmul,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<CUstream_st*>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("act_bits")
-                                  .Attr<int64_t>("group_size")
-                                  .Attr<int64_t>("act_group_size")
-                                  .Attr<int64_t>("block")
-                                  .Attr<std::string_view>("method")
-                                  .Attr<std::string_view>("tile")
-                                  .Attr<int64_t>("splits")
-                                  .Attr<bool>("clustered")
-                                  .Attr<bool>("quantizes"),
+                              as_planned(ffi::Ffi::Bind()
+                                             .Ctx<ffi::PlatformStream<CUstream_st*>>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()),
                               {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CudaFusedMatmulHandler, fused_matmul,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<CUstream_st*>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("act_bits")
-                                  .Attr<int64_t>("group_size")
-                                  .Attr<int64_t>("act_group_size")
-                                  .Attr<int64_t>("block")
-                                  .Attr<std::string_view>("method")
-                                  .Attr<std::string_view>("tile")
-                                  .Attr<int64_t>("splits")
-                                  .Attr<bool>("clustered")
-                                  .Attr<bool>("quantizes")
+                              as_planned(ffi::Ffi::Bind()
+                                             .Ctx<ffi::PlatformStream<CUstream_st*>>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>())
                                   .Attr<std::string_view>("before")
                                   .Attr<float>("eps"),
                               {ffi::Traits::kCmdBufferCompatible});
