@@ -1,28 +1,42 @@
-"""What quantization costs a model whose weights were float: MiniLM's sentence embeddings.
+r"""What quantization costs a model whose weights were float: MiniLM's sentence embeddings.
 
-    python -m benchmarks.minilm --json benchmarks/results/minilm.json
+    pip download --no-deps --no-binary :all: vaderSentiment==3.3.2
+    python -m benchmarks.minilm --probes vaderSentiment-3.3.2.tar.gz \
+      --json benchmarks/results/minilm.json
 
 all-MiniLM-L6-v2 in float32 embeds the 50 news texts of Lee et al. (2005). How similar it finds two
 texts is the product of their embeddings, which is compared with 1,225 human judgements, and each
-embedding with that of the float model. Both files are fetched on first use (84 and 28 MB).
+embedding with that of the float model. With --probes, regressions on its embeddings of labelled
+sentences tell their sentiment, see `benchmarks.probes`. Calibration sees other text: articles of
+Wikipedia. The model and the texts are fetched on first use (84 and 28 MB).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+import jax_anyprec as ap
 from jax_anyprec import fetch
-from jax_anyprec.models import Quantization, load_sentence_encoder, weight_bytes
+from jax_anyprec.models import Quantization, SentenceEncoder, load_sentence_encoder, weight_bytes
+from jax_anyprec.models.calibration import batches_of
+from jax_anyprec.models.evaluate import choose_windows
+from jax_anyprec.models.wikipedia import read_articles
 
+from .probes import Probe, accuracies, read_probes
 from .report import Row, table, write_json
 
 GROUP = 32
+TOKENS, CONTEXT = 32768, 64
+"""Of text to calibrate on, and of a window of it, about as long as the sentences to embed."""
 
 COMPARED = {
     "mean_cosine": "mean cosine",
@@ -35,21 +49,34 @@ COMPARED = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=pathlib.Path, help="write all figures to this file")
+    parser.add_argument("--probes", type=pathlib.Path, help="the file that has the labelled sets")
     options = parser.parse_args()
-    model, texts = fetch.fetch("minilm"), fetch.fetch("lee")
-    documents, judged = read_texts(texts), read_judgements(texts)
-    exact, row = measure(model, None, documents, judged)
-    rows = [{"setting": "float32", **row}]
-    for name, quantization in settings():
-        embeddings, row = measure(model, quantization, documents, judged)
-        rows.append({"setting": name, **row, **differences(embeddings, exact, judged)})
+    texts = fetch.fetch("lee")
+    probes = {} if options.probes is None else read_probes(options.probes)
+    task = Task(read_texts(texts), read_judgements(texts), probes)
+    exact = task.run(load(None))
+    rows = [{"setting": "float32", **exact.row()}]
+    for name, encoder in settings():
+        result = task.run(encoder)
+        rows.append({"setting": name, **result.row(), **result.differences(exact)})
+        print(rows[-1], flush=True)
+        if options.json:
+            write_json(options.json, "benchmarks.minilm", {"rows": rows})
     print(summary(rows))
-    if options.json:
-        write_json(options.json, "benchmarks.minilm", {"rows": rows})
 
 
-def settings() -> Iterator[tuple[str, Quantization]]:
-    """Names and quantizations, none with any data but the weights: all is round-to-nearest."""
+# --- settings ---
+
+
+def settings() -> Iterator[tuple[str, SentenceEncoder]]:
+    """What is compared: weights rounded to nearest, without any data, and calibrated ones."""
+    for name, quantization in roundings():
+        yield name, load(quantization)
+    for name, quantization in calibrations():
+        yield name, calibrate(quantization)
+
+
+def roundings() -> Iterator[tuple[str, Quantization]]:
     yield "W8A16, a scale a channel", Quantization(weights=8, activations=None)
     yield "W8A8, a scale a channel and token", Quantization(weights=8, act_scales="token")
     rotated = Quantization(weights=8, act_scales="token", rotate=True)
@@ -70,6 +97,113 @@ def settings() -> Iterator[tuple[str, Quantization]]:
                 yield name + ", rotated" * rotate, quantization
 
 
+def calibrations() -> Iterator[tuple[str, Quantization]]:
+    for weights, activations, size in itertools.product((4, 3, 2), (8, 4), (GROUP, 64)):
+        quantization = Quantization(
+            weights=weights,
+            activations=activations,
+            group_size=size,
+            rotate=True,
+            scale_dtype="float16",
+        )
+        yield f"W{weights}A{activations}, groups of {size}, rotated, calibrated", quantization
+
+
+def load(quantization: Quantization | None) -> SentenceEncoder:
+    path = fetch.fetch("minilm")
+    return load_sentence_encoder(path, quantization=quantization, dtype=jnp.float32)
+
+
+def calibrate(quantization: Quantization) -> SentenceEncoder:
+    """The encoder with all linear layers calibrated."""
+    encoder = load(None)
+    report = ap.calibrate_model(
+        encoder.model,
+        [("**", quantization)],
+        batches_of(windows(encoder), 64),
+        call=lambda model, tokens: model(tokens, jnp.ones(tokens.shape, bool)),
+    )
+    return SentenceEncoder(report.model, encoder.tokenizer, max_tokens=encoder.max_tokens)
+
+
+def windows(encoder: SentenceEncoder) -> np.ndarray:
+    """Text to calibrate on ``int32[windows, CONTEXT]``, each begun and ended as a sentence."""
+    begin, end = encoder.tokenizer.encode("")
+    articles = read_articles(fetch.fetch("wikipedia"))
+    ids = [encoder.tokenizer.encode(article.text)[1:-1] for article in articles]
+    text = list(itertools.chain.from_iterable(ids))
+    chosen = choose_windows(text, TOKENS, CONTEXT - 2)
+    return np.pad(chosen, ((0, 0), (1, 1)), constant_values=((0, 0), (begin, end)))
+
+
+# --- measures ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Texts to embed, and what people say of them.
+
+    Args:
+      documents: of resource "lee".
+      judged: how similar people find each two, 0 to 1: ``float64[50, 50]``, see `pairs`.
+      probes: labelled sets by name.
+    """
+
+    documents: list[str]
+    judged: np.ndarray
+    probes: dict[str, Probe]
+
+    def run(self, encoder: SentenceEncoder) -> Result:
+        return Result(
+            self.judged,
+            encoder.encode(self.documents),
+            accuracies(self.probes, encoder.encode),
+            weight_bytes(encoder.model),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What an encoder makes of a `Task`.
+
+    Args:
+      judged: of the task.
+      embeddings: of the documents, ``float32[50, width]``.
+      correct: of each probe, which test sentences it tells right.
+      size: of the encoder.
+    """
+
+    judged: np.ndarray
+    embeddings: np.ndarray
+    correct: dict[str, np.ndarray]
+    size: Any
+
+    @property
+    def similar(self) -> np.ndarray:
+        return self.embeddings @ self.embeddings.T
+
+    def row(self) -> Row:
+        return {
+            "bits_per_weight": self.size.bits_per_linear_weight,
+            "linear_bytes": self.size.linear,
+            "pearson": pearson(self.similar, self.judged),
+            "spearman": float(stats.spearmanr(pairs(self.similar), pairs(self.judged)).statistic),
+            "probes": {name: float(right.mean()) for name, right in self.correct.items()},
+        }
+
+    def differences(self, exact: Result) -> Row:
+        """How far embeddings, all of length 1, are from those of the float model."""
+        cosines = (self.embeddings * exact.embeddings).sum(axis=-1)
+        change = pearson(self.similar, self.judged) - pearson(exact.similar, self.judged)
+        return {
+            "mean_cosine": float(cosines.mean()),
+            "least_cosine": float(cosines.min()),
+            "pearson_with_float": pearson(self.similar, exact.similar),
+            "pearson_change": change,
+            "pearson_change_error": change_error(self.similar, exact.similar, self.judged),
+        }
+
+
 def read_texts(folder: pathlib.Path) -> list[str]:
     """The documents of resource "lee", a line each."""
     return (folder / "lee.cor").read_text(encoding="latin1").strip().split("\n")
@@ -88,35 +222,6 @@ def pairs(matrix: np.ndarray) -> np.ndarray:
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
     """Linear correlation of two matrices over all `pairs`."""
     return float(stats.pearsonr(pairs(a), pairs(b)).statistic)
-
-
-def measure(
-    model: pathlib.Path, quantization: Quantization | None, documents: list[str], judged: np.ndarray
-) -> tuple[np.ndarray, Row]:
-    """The embeddings of `documents`, and how their similarities agree with what people `judged`."""
-    encoder = load_sentence_encoder(model, quantization=quantization, dtype=jnp.float32)
-    embeddings = encoder.encode(documents)
-    similar = embeddings @ embeddings.T
-    size = weight_bytes(encoder.model)
-    return embeddings, {
-        "bits_per_weight": size.bits_per_linear_weight,
-        "linear_bytes": size.linear,
-        "pearson": pearson(similar, judged),
-        "spearman": float(stats.spearmanr(pairs(similar), pairs(judged)).statistic),
-    }
-
-
-def differences(embeddings: np.ndarray, exact: np.ndarray, judged: np.ndarray) -> Row:
-    """How far embeddings, all of length 1, are from those of the float model."""
-    cosines = (embeddings * exact).sum(axis=-1)
-    similar, expected = embeddings @ embeddings.T, exact @ exact.T
-    return {
-        "mean_cosine": float(cosines.mean()),
-        "least_cosine": float(cosines.min()),
-        "pearson_with_float": pearson(similar, expected),
-        "pearson_change": pearson(similar, judged) - pearson(expected, judged),
-        "pearson_change_error": change_error(similar, expected, judged),
-    }
 
 
 def change_error(similar: np.ndarray, expected: np.ndarray, judged: np.ndarray) -> float:
@@ -143,10 +248,12 @@ def summary(rows: list[Row]) -> str:
         else:
             shown += [""] * len(COMPARED)
             change = ""
-        return [*shown, f"{row['pearson']:.3f}", change, f"{row['spearman']:.3f}"]
+        shown += [f"{row['pearson']:.3f}", change, f"{row['spearman']:.3f}"]
+        return [*shown, *(f"{row['probes'][name]:.3f}" for name in probes)]
 
+    probes = rows[0]["probes"]
     header = ["setting", "bits a weight", *COMPARED.values(), "Pearson", "change", "Spearman"]
-    return table(header, map(line, rows))
+    return table([*header, *probes], map(line, rows))
 
 
 if __name__ == "__main__":

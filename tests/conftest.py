@@ -20,9 +20,20 @@ jax.config.update("jax_num_cpu_devices", 8)  # one computes, unless a test asks 
 LONGEST = ("test_cuda_kernels", "test_accuracy", "test_isa", "test_calibrate", "test_products")
 """Files that take the longest begin first, so that no process is left alone with one at the end."""
 
+OPTIMIZED = ("test_accuracy", "test_generate", "test_products")
+"""Files whose programs are compiled as users' are: products, and real models on them.
+
+In all others compiling is most of the time, so it is done quickly.
+"""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    jax.config.update("jax_disable_most_optimizations", item.path.stem not in OPTIMIZED)
 
 
 def obtain(name: str) -> Path:

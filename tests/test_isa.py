@@ -23,12 +23,12 @@ TESTS = (
 
 def run(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A Python process with an instruction set; XLA's own code is not what it tests."""
-    quickly = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     return subprocess.run(
         # -P keeps the working directory, a source tree without the extension, off the path.
         [sys.executable, "-P", "-W", "error", *arguments],
         capture_output=True, text=True, timeout=600, check=False,
-        env={**quickly, **os.environ, "JAX_ANYPREC_ISA": isa},
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_ANYPREC_ISA": isa},
     )  # fmt: skip
 
 
