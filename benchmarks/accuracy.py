@@ -5,7 +5,8 @@
 The reference is the checkpoint's own weights in float, which were 4-bit (Q4_1, 5 bits a weight)
 before. All are calibrated on every other Wikipedia article, ggml's importance matrices too, and
 measured on the articles between. Bits count planes, scales and offsets of the linear layers.
-Needs llama-cpp-python for ggml's types.
+Needs llama-cpp-python for ggml's types. Rows that the file of --json has already, of as many
+tokens, are kept, so a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -39,16 +40,17 @@ from jax_anyprec.models.wikipedia import read_articles
 from jax_anyprec.nnx.convert import Found, quantized_by
 
 from . import ggml_types
+from .machine import commit
 from .report import Row, table, write_json
 
 BUDGETS = (2.3, 2.7, 3.5, 4.5)
 TYPES = ("IQ4_NL", "Q4_0", "Q3_K", "IQ3_S", "Q2_K", "IQ2_S", "Q4_K", "Q5_0", "Q5_K", "Q8_0")
-ACTIVATIONS = ((8, "token"), (6, "token"), (4, "group"), (4, "token"))
+ACTIVATIONS = ((None, "token"), (8, "token"), (6, "token"), (4, "group"), (4, "token"))
 
 BOTH = (True, False)
 
-Prepare = Callable[[Any], None]
-"""Changes a float model in place."""
+Prepare = Callable[[Any], float | None]
+"""Changes a float model in place; gives the bits of a weight if its layers don't say them."""
 
 
 def main() -> None:
@@ -67,15 +69,27 @@ def main() -> None:
 
     data = windows(calibration_part, options.tokens, 512)
     evaluator = Evaluator(loaded.model, windows(held_out_part, options.held_out, 1024))
-    rows = []
+    facts = {"calibration_tokens": data.size, "context": 512, "held_out": options.held_out}
+    rows = rows_of(options.json, facts)
+    done = {(row["part"], row["setting"]) for row in rows}
     for part in options.parts.split(","):
         for setting, prepare in PARTS[part](data):
-            rows.append({"part": part, "setting": setting, **measure(evaluator, prepare)})
+            if (part, setting) in done:
+                continue
+            row = {"part": part, "setting": setting, "commit": commit()}
+            rows.append({**row, **measure(evaluator, prepare)})
             print(json.dumps(rows[-1]), flush=True)
             if options.json:
-                facts = {"calibration_tokens": data.size, "context": 512, "rows": rows}
-                write_json(options.json, "benchmarks.accuracy", facts)
+                write_json(options.json, "benchmarks.accuracy", {**facts, "rows": rows})
     print(summary(rows))
+
+
+def rows_of(path: pathlib.Path | None, facts: Row) -> list[Row]:
+    """The rows of an earlier run, if it was one of these facts."""
+    if path is None or not path.exists():
+        return []
+    report = json.loads(path.read_text())
+    return report["rows"] if facts.items() <= report.items() else []
 
 
 def load() -> Any:
@@ -83,7 +97,7 @@ def load() -> Any:
     return load_gguf(fetch.fetch("smollm2"), quantization=None)
 
 
-def measure(evaluator: Evaluator, prepare: Callable[[Any], float | None]) -> Row:
+def measure(evaluator: Evaluator, prepare: Prepare) -> Row:
     """A model's figures, and the CPU and wall time of what was done to it."""
     model = load().model
     wall, cpu = time.perf_counter(), time.process_time()
@@ -150,15 +164,22 @@ def ablation(data: np.ndarray) -> Iterator[tuple[str, Any]]:
 
 
 def activations(data: np.ndarray) -> Iterator[tuple[str, Any]]:
-    """Rotated activations beside weights of 8 bits."""
+    """Rotated activations beside weights of 8 bits, rounded to nearest and calibrated."""
 
-    def prepare(model: Any, bits: int, scales: Any) -> None:
+    def prepare(model: Any, bits: int | None, scales: Any, calibrated: bool) -> None:
         rules = default_rules(model, 8, activations=bits, act_scales=scales)
-        calibrate_decoder(model, data, rules)
+        if calibrated:
+            calibrate_decoder(model, data, rules)
+        else:
+            ap.quantize_model(model, rules)
 
-    for bits, scales in ACTIVATIONS:
-        name = f"W8A{bits}, a scale a {'token' if scales == 'token' else 'group of 64'}"
-        yield name, functools.partial(prepare, bits=bits, scales=scales)
+    for calibrated in (False, True):
+        for bits, scales in ACTIVATIONS:
+            name = f"W8A{bits or 16}, a scale a {'token' if scales == 'token' else 'group of 64'}"
+            yield (
+                name + ", calibrated" * calibrated,
+                functools.partial(prepare, bits=bits, scales=scales, calibrated=calibrated),
+            )
 
 
 # --- ggml ---

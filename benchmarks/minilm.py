@@ -18,7 +18,6 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Iterator
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -50,14 +49,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=pathlib.Path, help="write all figures to this file")
     parser.add_argument("--probes", type=pathlib.Path, help="the file that has the labelled sets")
+    parser.add_argument("--peers", action="store_true", help="with qwix, which has to be installed")
     options = parser.parse_args()
     texts = fetch.fetch("lee")
     probes = {} if options.probes is None else read_probes(options.probes)
     task = Task(read_texts(texts), read_judgements(texts), probes)
     exact = task.run(load(None))
     rows = [{"setting": "float32", **exact.row()}]
-    for name, encoder in settings():
-        result = task.run(encoder)
+    for name, encoder, bits in settings(options.peers):
+        result = task.run(encoder, bits)
         rows.append({"setting": name, **result.row(), **result.differences(exact)})
         print(rows[-1], flush=True)
         if options.json:
@@ -68,12 +68,19 @@ def main() -> None:
 # --- settings ---
 
 
-def settings() -> Iterator[tuple[str, SentenceEncoder]]:
-    """What is compared: weights rounded to nearest, without any data, and calibrated ones."""
+def settings(with_peers: bool) -> Iterator[tuple[str, SentenceEncoder, float | None]]:
+    """What is compared: weights rounded to nearest, without any data, and calibrated ones.
+
+    With the bits of a weight, or None for those of packed layers.
+    """
     for name, quantization in roundings():
-        yield name, load(quantization)
+        yield name, load(quantization), None
     for name, quantization in calibrations():
-        yield name, calibrate(quantization)
+        yield name, calibrate(quantization), None
+    if with_peers:
+        for weights, activations in ((4, 8), (4, 4), (3, 8), (2, 8)):
+            name = f"qwix: int{weights} by int{activations}, groups of {GROUP}"
+            yield name, rounded_by_qwix(weights, activations), weights + 32 / GROUP
 
 
 def roundings() -> Iterator[tuple[str, Quantization]]:
@@ -126,6 +133,24 @@ def calibrate(quantization: Quantization) -> SentenceEncoder:
     return SentenceEncoder(report.model, encoder.tokenizer, max_tokens=encoder.max_tokens)
 
 
+def rounded_by_qwix(weights: int, activations: int) -> SentenceEncoder:
+    """The encoder with linear layers as qwix rounds them: symmetric, by the largest magnitude."""
+    import qwix
+
+    encoder = load(None)
+    rule = qwix.QuantizationRule(
+        module_path=".*(qkv|output|up|down).*",
+        weight_qtype=f"int{weights}",
+        act_qtype=f"int{activations}",
+        tile_size=GROUP,
+    )
+    tokens = jnp.zeros((1, CONTEXT), jnp.int32)
+    model = qwix.quantize_model(
+        encoder.model, qwix.PtqProvider([rule]), tokens, jnp.ones(tokens.shape, bool)
+    )
+    return SentenceEncoder(model, encoder.tokenizer, max_tokens=encoder.max_tokens)
+
+
 def windows(encoder: SentenceEncoder) -> np.ndarray:
     """Text to calibrate on ``int32[windows, CONTEXT]``, each begun and ended as a sentence."""
     begin, end = encoder.tokenizer.encode("")
@@ -153,12 +178,13 @@ class Task:
     judged: np.ndarray
     probes: dict[str, Probe]
 
-    def run(self, encoder: SentenceEncoder) -> Result:
+    def run(self, encoder: SentenceEncoder, bits: float | None = None) -> Result:
+        """What `encoder` gives; `bits` of a weight, if it has no packed layers that say so."""
         return Result(
             self.judged,
             encoder.encode(self.documents),
             accuracies(self.probes, encoder.encode),
-            weight_bytes(encoder.model),
+            weight_bytes(encoder.model).bits_per_linear_weight if bits is None else bits,
         )
 
 
@@ -170,13 +196,13 @@ class Result:
       judged: of the task.
       embeddings: of the documents, ``float32[50, width]``.
       correct: of each probe, which test sentences it tells right.
-      size: of the encoder.
+      bits: of a weight of linear layers.
     """
 
     judged: np.ndarray
     embeddings: np.ndarray
     correct: dict[str, np.ndarray]
-    size: Any
+    bits: float
 
     @property
     def similar(self) -> np.ndarray:
@@ -184,8 +210,7 @@ class Result:
 
     def row(self) -> Row:
         return {
-            "bits_per_weight": self.size.bits_per_linear_weight,
-            "linear_bytes": self.size.linear,
+            "bits_per_weight": self.bits,
             "pearson": pearson(self.similar, self.judged),
             "spearman": float(stats.spearmanr(pairs(self.similar), pairs(self.judged)).statistic),
             "probes": {name: float(right.mean()) for name, right in self.correct.items()},

@@ -1,0 +1,55 @@
+"""Draws what rounding costs SmolLM2 against the bits of a weight.
+
+python -m benchmarks.accuracy_plot benchmarks/results/accuracy.json docs/accuracy.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable
+
+from .report import Row
+
+LINES: dict[str, tuple[str, Callable[[Row], bool]]] = {
+    "calibrated, bits by layer": ("o-", lambda row: row["part"] == "budgets"),
+    "ggml's types, importance matrix": (
+        "s",
+        lambda row: row["part"] == "peers" and "importance" in row["setting"],
+    ),
+    "ggml's types": (
+        "x",
+        lambda row: row["part"] == "peers" and "importance" not in row["setting"],
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=pathlib.Path, help="what benchmarks.accuracy wrote")
+    parser.add_argument("out", type=pathlib.Path, help="an image")
+    options = parser.parse_args()
+    draw(json.loads(options.results.read_text())["rows"], options.out)
+
+
+def draw(rows: list[Row], path: pathlib.Path) -> None:
+    """KL divergence from the float model against true bits of a weight of linear layers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for label, (style, belongs) in LINES.items():
+        points = sorted((row["bits"], row["kl"]) for row in rows if belongs(row))
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set_xlabel("bits of a weight: planes, scales and offsets")
+    axes.set_ylabel("KL divergence, nats a token")
+    axes.set_yscale("log")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
