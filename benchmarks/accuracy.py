@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="to calibrate on")
     parser.add_argument("--held-out", type=int, default=8192, help="tokens to measure on")
     parser.add_argument("--parts", default=",".join(PARTS), help="of: " + ", ".join(PARTS))
+    parser.add_argument("--only", default="", help="settings that have this in their names")
     options = parser.parse_args()
     loaded = load()
     articles = list(read_articles(fetch.fetch("wikipedia")))
@@ -74,7 +75,7 @@ def main() -> None:
     done = {(row["part"], row["setting"]) for row in rows}
     for part in options.parts.split(","):
         for setting, prepare in PARTS[part](data):
-            if (part, setting) in done:
+            if (part, setting) in done or options.only not in setting:
                 continue
             row = {"part": part, "setting": setting, "commit": commit()}
             rows.append({**row, **measure(evaluator, prepare)})

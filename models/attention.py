@@ -7,6 +7,7 @@ heads, G key/value heads, D head size.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -67,6 +68,11 @@ def _check_positive(scaling: LinearScaling | Llama3Scaling) -> None:
             raise ValueError(f"{name} must be positive, got {value!r}")
 
 
+# Compiled also where models run eagerly, as in calibration; in a compiled model it changes nothing.
+_compiled = functools.partial(jax.jit, inline=True)
+
+
+@functools.partial(_compiled, static_argnames=("theta", "scaling"))
 def rotary(
     x: jax.Array,
     positions: jax.Array,
@@ -111,6 +117,7 @@ def extend(
     return put(past[0], k, positions[0], axis=1), put(past[1], v, positions[0], axis=1)
 
 
+@functools.partial(_compiled, static_argnames=("window", "scale", "soft_cap"))
 def attend_causally(
     q: jax.Array,
     k: jax.Array,
