@@ -34,6 +34,7 @@ from jax_anyprec.models.calibration import (
     decoder_costs,
     default_rules,
     held_out_part,
+    smoothing_links,
 )
 from jax_anyprec.models.evaluate import Evaluator, choose_windows, encode_texts
 from jax_anyprec.models.wikipedia import read_articles
@@ -41,7 +42,7 @@ from jax_anyprec.nnx.convert import Found, quantized_by
 
 from . import ggml_types
 from .machine import commit
-from .report import Row, table, write_json
+from .report import Row, rows_of, table, write_json
 
 BUDGETS = (2.3, 2.7, 3.5, 4.5)
 TYPES = ("IQ4_NL", "Q4_0", "Q3_K", "IQ3_S", "Q2_K", "IQ2_S", "Q4_K", "Q5_0", "Q5_K", "Q8_0")
@@ -83,14 +84,6 @@ def main() -> None:
             if options.json:
                 write_json(options.json, "benchmarks.accuracy", {**facts, "rows": rows})
     print(summary(rows))
-
-
-def rows_of(path: pathlib.Path | None, facts: Row) -> list[Row]:
-    """The rows of an earlier run, if it was one of these facts."""
-    if path is None or not path.exists():
-        return []
-    report = json.loads(path.read_text())
-    return report["rows"] if facts.items() <= report.items() else []
 
 
 def load() -> Any:
@@ -164,23 +157,25 @@ def ablation(data: np.ndarray) -> Iterator[tuple[str, Any]]:
     yield "not rotated, all of it", functools.partial(calibrated, method=method(), rotate=False)
 
 
-def activations(data: np.ndarray) -> Iterator[tuple[str, Any]]:
-    """Rotated activations beside weights of 8 bits, rounded to nearest and calibrated."""
+def activations(data: np.ndarray, method: str = "") -> Iterator[tuple[str, Any]]:
+    """Rotated activations beside weights of 8 bits.
 
-    def prepare(model: Any, bits: int | None, scales: Any, calibrated: bool) -> None:
+    All is rounded to nearest, after channels were smoothed, or calibrated, which smooths too.
+    """
+
+    def prepare(model: Any, bits: int | None, scales: Any) -> None:
         rules = default_rules(model, 8, activations=bits, act_scales=scales)
-        if calibrated:
+        if method == "calibrated":
             calibrate_decoder(model, data, rules)
-        else:
-            ap.quantize_model(model, rules)
+            return
+        if method == "smoothed":
+            some = batches_of(data[::8])
+            ap.calibrate.smooth(model, smoothing_links(model), some, call=lambda m, b: m.hidden(b))
+        ap.quantize_model(model, rules)
 
-    for calibrated in (False, True):
-        for bits, scales in ACTIVATIONS:
-            name = f"W8A{bits or 16}, a scale a {'token' if scales == 'token' else 'group of 64'}"
-            yield (
-                name + ", calibrated" * calibrated,
-                functools.partial(prepare, bits=bits, scales=scales, calibrated=calibrated),
-            )
+    for bits, scales in ACTIVATIONS:
+        name = f"W8A{bits or 16}, a scale a {'token' if scales == 'token' else 'group of 64'}"
+        yield name, functools.partial(prepare, bits=bits, scales=scales)
 
 
 # --- ggml ---
@@ -236,6 +231,8 @@ PARTS: dict[str, Callable[[np.ndarray], Iterator[tuple[str, Any]]]] = {
     "budgets": budgets,
     "ablation": ablation,
     "activations": activations,
+    "activations smoothed": functools.partial(activations, method="smoothed"),
+    "activations calibrated": functools.partial(activations, method="calibrated"),
 }
 
 

@@ -8,16 +8,18 @@ all-MiniLM-L6-v2 in float32 embeds the 50 news texts of Lee et al. (2005). How s
 texts is the product of their embeddings, which is compared with 1,225 human judgements, and each
 embedding with that of the float model. With --probes, regressions on its embeddings of labelled
 sentences tell their sentiment, see `benchmarks.probes`. Calibration sees other text: articles of
-Wikipedia. The model and the texts are fetched on first use (84 and 28 MB).
+Wikipedia. The model and the texts are fetched on first use (84 and 28 MB). Rows that the file of
+--json has already are kept, so a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,7 @@ from jax_anyprec.models.evaluate import choose_windows
 from jax_anyprec.models.wikipedia import read_articles
 
 from .probes import Probe, accuracies, read_probes
-from .report import Row, table, write_json
+from .report import Row, rows_of, table, write_json
 
 GROUP = 32
 TOKENS, CONTEXT = 32768, 64
@@ -44,20 +46,26 @@ COMPARED = {
 }
 """Columns that compare with the float model."""
 
+Make = Callable[[], SentenceEncoder]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=pathlib.Path, help="write all figures to this file")
     parser.add_argument("--probes", type=pathlib.Path, help="the file that has the labelled sets")
     parser.add_argument("--peers", action="store_true", help="with qwix, which has to be installed")
+    parser.add_argument("--only", default="", help="settings that have this in their names")
     options = parser.parse_args()
     texts = fetch.fetch("lee")
     probes = {} if options.probes is None else read_probes(options.probes)
     task = Task(read_texts(texts), read_judgements(texts), probes)
     exact = task.run(load(None))
-    rows = [{"setting": "float32", **exact.row()}]
-    for name, encoder, bits in settings(options.peers):
-        result = task.run(encoder, bits)
+    rows = rows_of(options.json, {}) or [{"setting": "float32", **exact.row()}]
+    done = {row["setting"] for row in rows}
+    for name, make, bits in settings(options.peers):
+        if name in done or options.only not in name:
+            continue
+        result = task.run(make(), bits)
         rows.append({"setting": name, **result.row(), **result.differences(exact)})
         print(rows[-1], flush=True)
         if options.json:
@@ -68,19 +76,20 @@ def main() -> None:
 # --- settings ---
 
 
-def settings(with_peers: bool) -> Iterator[tuple[str, SentenceEncoder, float | None]]:
+def settings(with_peers: bool) -> Iterator[tuple[str, Make, float | None]]:
     """What is compared: weights rounded to nearest, without any data, and calibrated ones.
 
     With the bits of a weight, or None for those of packed layers.
     """
     for name, quantization in roundings():
-        yield name, load(quantization), None
+        yield name, functools.partial(load, quantization), None
     for name, quantization in calibrations():
-        yield name, calibrate(quantization), None
+        yield name, functools.partial(calibrate, quantization), None
     if with_peers:
         for weights, activations in ((4, 8), (4, 4), (3, 8), (2, 8)):
             name = f"qwix: int{weights} by int{activations}, groups of {GROUP}"
-            yield name, rounded_by_qwix(weights, activations), weights + 32 / GROUP
+            make = functools.partial(rounded_by_qwix, weights, activations)
+            yield name, make, weights + 32 / GROUP
 
 
 def roundings() -> Iterator[tuple[str, Quantization]]:

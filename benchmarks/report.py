@@ -45,3 +45,11 @@ def write_json(path: pathlib.Path, module: str, content: dict[str, Any]) -> None
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def rows_of(path: pathlib.Path | None, facts: Row) -> list[Row]:
+    """The rows of an earlier run's file, if there is one and it has these facts."""
+    if path is None or not path.exists():
+        return []
+    report = json.loads(path.read_text())
+    return report["rows"] if facts.items() <= report.items() else []

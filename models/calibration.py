@@ -15,6 +15,9 @@ from jax_anyprec.nnx.convert import Found, quantized_by
 from jax_anyprec.quantization import Quantization
 from jax_anyprec.rotation import MIN_BLOCK
 
+from .llama import Llama
+from .projections import Projections
+
 Item = TypeVar("Item")
 
 GROUP = 64
@@ -25,6 +28,9 @@ FEW = 8
 
 BATCH = 4
 """Windows that are run together."""
+
+PRECISE = 8
+"""Bits of activations that need no smoothing."""
 
 
 def calibration_part(items: Sequence[Item]) -> Sequence[Item]:
@@ -86,7 +92,14 @@ def calibrate_decoder(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> ap.CalibrationReport:
-    """`jax_anyprec.calibrate_model` of a decoder on tokens ``int32[windows, context]``."""
+    """`jax_anyprec.calibrate_model` of a decoder on tokens ``int32[windows, context]``.
+
+    Where rules give activations fewer than `PRECISE` bits, channels are smoothed first, unless
+    `links` says otherwise.
+    """
+    quantizations = [each for _, each in quantized_by(model, rules)]
+    coarse = any((each.activations or PRECISE) < PRECISE for each in quantizations)
+    options.setdefault("links", smoothing_links(model) if coarse else ())
     return ap.calibrate_model(
         model,
         rules,
@@ -95,6 +108,40 @@ def calibrate_decoder(
         progress=progress,
         **options,
     )
+
+
+def smoothing_links(model: Any) -> list[ap.calibrate.Link]:
+    """The channels of a Llama that `jax_anyprec.calibrate.smooth` may scale; none of others.
+
+    Norms give them to the projections after them, values to the attention's output, and the linear
+    half of a gated unit to its down projection.
+    """
+    if not isinstance(model, Llama):
+        return []
+    links: list[ap.calibrate.Link] = []
+    for i, layer in enumerate(model.layers):
+        attention, feed_forward = f"layers/{i}/attention", f"layers/{i}/feed_forward"
+        qkv = _paths(layer.attention.qkv, f"{attention}/qkv")
+        gate_up = _paths(layer.feed_forward.gate_up, f"{feed_forward}/gate_up")
+        values, first_value = _last(layer.attention.qkv)
+        up, first_up = _last(layer.feed_forward.gate_up)
+        output, down = (f"{attention}/output",), (f"{feed_forward}/down",)
+        links += [
+            ap.calibrate.Link(f"{attention}_norm", qkv),
+            ap.calibrate.Link(qkv[values], output, first_value, model.config.head_dim),
+            ap.calibrate.Link(f"{feed_forward}_norm", gate_up),
+            ap.calibrate.Link(gate_up[up], down, first_up),
+        ]
+    return links
+
+
+def _paths(projections: Projections, path: str) -> tuple[str, ...]:
+    return tuple(f"{path}/layers/{i}" for i in range(len(projections.layers)))
+
+
+def _last(projections: Projections) -> tuple[int, int]:
+    """Of the last output: the layer that gives it, the last one, and the first of its columns."""
+    return len(projections.layers) - 1, sum(projections.widths[-1][:-1])
 
 
 def decoder_costs(

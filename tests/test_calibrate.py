@@ -301,3 +301,85 @@ def test_the_same_again():
     first, second = (ap.calibrate_model(Model(), FLOAT, batches(2)).model for _ in range(2))
     for a, b in zip(leaves(first), leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+class Gated(nnx.Module):
+    """A norm, values of two heads that are each taken twice, and a gated unit."""
+
+    def __init__(self, norm=nnx.RMSNorm):
+        rngs = nnx.Rngs(0)
+        self.norm = norm(32, rngs=rngs)
+        self.values = nnx.Linear(32, 8 + 16, rngs=rngs)
+        self.output = nnx.Linear(32, 32, rngs=rngs)
+        self.up = nnx.Linear(32, 64, rngs=rngs)
+        self.down = nnx.Linear(64, 32, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        values = self.values(self.norm(x))[:, 8:].reshape(-1, 2, 1, 8)
+        x = self.output(jnp.broadcast_to(values, (len(x), 2, 2, 8)).reshape(-1, 32))
+        return self.down(self.up(x))
+
+
+LINKS = (
+    ap.calibrate.Link("norm", ("values",)),
+    ap.calibrate.Link("values", ("output",), first=8, head=8),
+    ap.calibrate.Link("up", ("down",)),
+)
+
+
+@pytest.mark.parametrize("norm", [nnx.RMSNorm, nnx.LayerNorm])
+def test_smoothing_changes_channels_and_no_outputs(norm):
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.normal(size=(256, 32)).astype(np.float32))
+    scale = jnp.asarray(1.2 ** np.arange(32), jnp.float32)
+    exact, model = Gated(norm), Gated(norm)
+    exact.norm.scale.set_value(scale)
+    model.norm.scale.set_value(scale)
+    changed = ap.calibrate.smooth(model, LINKS, [x[:128], x[128:]], strength=1.0)
+    assert relative(model(x), exact(x)) < 1e-5
+    squares = jnp.square(model.norm(x)).mean(0)
+    np.testing.assert_allclose(squares, squares[0], rtol=1e-4)
+    assert set(changed) >= {"norm/scale", "values/kernel", "values/bias", "down/kernel"}
+    assert ("norm/bias" in changed) == (norm is nnx.LayerNorm)
+    same = Gated(norm)
+    ap.calibrate.smooth(same, LINKS, [x], strength=0.0)
+    for a, b in zip(leaves(same), leaves(Gated(norm)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_smoothed_calibrations_load(tmp_path):
+    rng = np.random.default_rng(6)
+    x = jnp.asarray(rng.normal(size=(512, 32)).astype(np.float32))
+    low = ap.Quantization(weights=4, activations=4, group_size=32)
+    report = ap.calibrate_model(Gated(), low, [x], store=tmp_path, links=LINKS)
+    loaded = ap.calibrate.load_calibrated(Gated(), tmp_path)
+    for a, b in zip(leaves(loaded), leaves(report.model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(loaded.norm.scale[...], Gated().norm.scale[...])
+    with pytest.raises(ValueError, match="another model"):
+        ap.calibrate_model(Gated(), low, [x], store=tmp_path)
+    with pytest.raises(ap.CheckpointError, match="another model"):
+        ap.calibrate.load_calibrated(Model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("link", "message"),
+    [
+        (ap.calibrate.Link("nothing", ("values",)), "giver must be a norm"),
+        (ap.calibrate.Link("norm", ("norm",)), "takers must be of nnx.Linear: 'norm'"),
+        (
+            ap.calibrate.Link("norm", ("down",)),
+            "'down' takes 64 channels, of which 'norm' gives 32",
+        ),
+        (ap.calibrate.Link("values", ("output",), first=8), "takes 32 channels, .* gives 16"),
+        (ap.calibrate.Link("values", ("output",), first=8, head=5), "takes 32 channels"),
+    ],
+)
+def test_links_that_do_not_fit(link, message):
+    with pytest.raises(ValueError, match=message):
+        ap.calibrate.smooth(Gated(), [link], [jnp.ones((4, 32))])
+
+
+def test_smoothing_is_of_a_strength_from_0_to_1():
+    with pytest.raises(ValueError, match=r"strength must be in 0\.\.1, got 2"):
+        ap.calibrate.smooth(Gated(), LINKS, [jnp.ones((4, 32))], strength=2)

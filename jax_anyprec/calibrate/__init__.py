@@ -10,6 +10,7 @@ from ..rules import Rules
 from .allocate import Allocation, Costs, allocate_bits, measure_costs
 from .report import CalibratedLayer, CalibrationReport
 from .sensitivity import projected_loss, sampled_loss
+from .smooth import Link, smooth
 from .solve import Method
 from .store import load_calibrated
 
@@ -18,6 +19,7 @@ __all__ = [
     "CalibratedLayer",
     "CalibrationReport",
     "Costs",
+    "Link",
     "Method",
     "allocate_bits",
     "calibrate_model",
@@ -25,6 +27,7 @@ __all__ = [
     "measure_costs",
     "projected_loss",
     "sampled_loss",
+    "smooth",
 ]
 
 
@@ -37,6 +40,7 @@ def calibrate_model(
     method: Method | None = None,
     progress: Callable[[int, int], None] | None = None,
     store: str | os.PathLike[str] | None = None,
+    links: Iterable[Link] = (),
 ) -> CalibrationReport:
     """Quantize a model so that its outputs change least on `batches`.
 
@@ -55,6 +59,8 @@ def calibrate_model(
       store: a folder in which each block is kept when it is done; what is there already, of the
         same model, rules and batches, is taken from it. `load_calibrated` loads it. None keeps
         nothing.
+      links: channels that are made alike in size first, see `calibrate.smooth`: worth it where
+        activations have fewer than 8 bits.
 
     Returns:
       A `CalibrationReport`; printed, a table. Layers that no input reaches, or whose inputs are no
@@ -82,6 +88,7 @@ def calibrate_model(
         call=(lambda m, batch: m(batch)) if call is None else call,
         progress=(lambda done, total: None) if progress is None else progress,
         store=store,
+        links=tuple(links),
     )
     calibration.run()
     return CalibrationReport(calibration.model, tuple(calibration.done))

@@ -25,6 +25,7 @@ from .blocks import Blocks, Call, find_blocks
 from .moments import Inputs, Moments, add
 from .observe import Run, input_of, inputs_of, order
 from .report import CalibratedLayer
+from .smooth import Link, smooth
 from .solve import Method, solve
 from .store import Part, Store, put
 
@@ -51,6 +52,7 @@ class Calibration:
       call: runs the model on a batch.
       progress: called with the layers done so far and their number.
       store: where parts that are done are kept and found, or None.
+      links: channels that are made alike in size before anything else.
     """
 
     def __init__(
@@ -63,12 +65,15 @@ class Calibration:
         call: Call,
         progress: Progress,
         store: str | os.PathLike[str] | None,
+        links: tuple[Link, ...] = (),
     ):
         self.todo = {f.layer.path: each for f, each in quantized_by(model, rules)}
         self.done: list[CalibratedLayer] = []
         self.model, self.batches, self.method = model, batches, method
         self.call, self.progress, self.total = call, progress, len(self.todo)
-        self._store = None if store is None else Store(store, self._key())
+        self._store = None if store is None else Store(store, self._key(links))
+        if links:
+            self._smooth(links)
         self._reference = nnx.clone(model)
 
     def run(self) -> None:
@@ -105,9 +110,16 @@ class Calibration:
             weights = tuple(_weights(modules[layer.path]) for layer in layers)
             self._store.write(name, Part(layers, weights))
 
-    def _key(self) -> str:
+    def _smooth(self, links: tuple[Link, ...]) -> None:
+        """Make channels alike, and keep what of it is not in the weights to come."""
+        changed = smooth(self.model, links, self.batches, call=self.call)
+        if self._store is not None:
+            coming = {f"{path}/kernel" for path in self.todo}
+            self._store.keep({path: v for path, v in changed.items() if path not in coming})
+
+    def _key(self, links: tuple[Link, ...]) -> str:
         """What the result depends on, in short."""
-        digest = hashlib.sha256(repr((self.todo, self.method)).encode())
+        digest = hashlib.sha256(repr((self.todo, self.method, *links)).encode())
         for leaf in jax.tree.leaves((nnx.state(self.model), self.batches)):
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()

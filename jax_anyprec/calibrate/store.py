@@ -2,7 +2,8 @@
 
 ``index.json`` lists the parts (a block each, say) with their layers; the packed weights and biases
 of part i are in ``part-i.safetensors`` (`jax_anyprec.save`). A part is listed when its file is
-complete, so an interrupted calibration leaves the parts before.
+complete, so an interrupted calibration leaves the parts before. Other variables of the model that
+have changed, of norms before smoothed layers, are in ``variables.safetensors``, by path.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from flax import nnx
 
 from ..checkpoint import CheckpointError, load, save
 from ..nnx.convert import find
+from ..nnx.references import references
 from ..quantization import Quantization
 from ..safetensors import replace_files
 from ..tensor import QuantizedTensor
 from .report import CalibratedLayer
 
 INDEX = "index.json"
+VARIABLES = "variables.safetensors"
 FORMAT = "jax_anyprec calibration 1"
 
 Weights = Mapping[str, jax.Array | QuantizedTensor]
@@ -81,6 +84,10 @@ class Store:
 
         replace_files({self.path / INDEX: write_index})
 
+    def keep(self, variables: Mapping[str, jax.Array]) -> None:
+        """Variables that loading a calibration has to change, besides layers, by path."""
+        save(self.path / VARIABLES, dict(variables))
+
 
 def load_calibrated(model: nnx.Module, path: str | os.PathLike[str]) -> nnx.Module:
     """Put calibrated layers in the places of a float model's, which is changed and returned.
@@ -94,7 +101,10 @@ def load_calibrated(model: nnx.Module, path: str | os.PathLike[str]) -> nnx.Modu
       CheckpointError: it is damaged, or of another model.
     """
     path = Path(path)
-    for entry in _read_index(path)["parts"].values():
+    index = _read_index(path)
+    if (path / VARIABLES).exists():
+        _set_variables(model, load(path / VARIABLES), str(path))
+    for entry in index["parts"].values():
         part = _read_part(path, entry)
         model = put(model, part, str(path))
     return model
@@ -113,6 +123,16 @@ def put(model: nnx.Module, part: Part, source: str) -> nnx.Module:
             bias.bias.set_value(weights["bias"])
         model = place.convert(model, layer.quantization, kernel.prepare())
     return model
+
+
+def _set_variables(model: nnx.Module, values: Mapping[str, Any], source: str) -> None:
+    modules: dict[str, Any] = {reference.path: reference.node for reference in references(model)}
+    for path, value in values.items():
+        module, _, name = path.rpartition("/")
+        variable = getattr(modules.get(module), name, None)
+        if not isinstance(variable, nnx.Variable) or variable.shape != value.shape:
+            raise CheckpointError(f"{source} is of another model: {path!r} differs")
+        variable.set_value(value)
 
 
 def _new_index(key: str) -> dict[str, Any]:
