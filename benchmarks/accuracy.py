@@ -34,7 +34,7 @@ from jax_anyprec.models.calibration import (
     decoder_costs,
     default_rules,
     held_out_part,
-    smoothing_links,
+    smooth_decoder,
 )
 from jax_anyprec.models.evaluate import Evaluator, choose_windows, encode_texts
 from jax_anyprec.models.wikipedia import read_articles
@@ -169,8 +169,7 @@ def activations(data: np.ndarray, method: str = "") -> Iterator[tuple[str, Any]]
             calibrate_decoder(model, data, rules)
             return
         if method == "smoothed":
-            some = batches_of(data[::8])
-            ap.calibrate.smooth(model, smoothing_links(model), some, call=lambda m, b: m.hidden(b))
+            smooth_decoder(model, data)
         ap.quantize_model(model, rules)
 
     for bits, scales in ACTIVATIONS:

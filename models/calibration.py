@@ -84,6 +84,10 @@ def batches_of(windows: np.ndarray, size: int = BATCH) -> list[jax.Array]:
     return [jnp.asarray(windows[start : start + size]) for start in starts]
 
 
+def _few(windows: np.ndarray, size: int) -> list[jax.Array]:
+    return batches_of(windows[:: -(-len(windows) // FEW)], size)
+
+
 def calibrate_decoder(
     model: Any,
     windows: np.ndarray,
@@ -95,7 +99,7 @@ def calibrate_decoder(
     """`jax_anyprec.calibrate_model` of a decoder on tokens ``int32[windows, context]``.
 
     Where rules give activations fewer than `PRECISE` bits, channels are smoothed first, unless
-    `links` says otherwise.
+    `links` says otherwise. Weights alone lose by it: docs/accuracy.md.
     """
     quantizations = [each for _, each in quantized_by(model, rules)]
     coarse = any((each.activations or PRECISE) < PRECISE for each in quantizations)
@@ -104,10 +108,20 @@ def calibrate_decoder(
         model,
         rules,
         batches_of(windows),
-        call=lambda decoder, tokens: decoder.hidden(tokens),
+        call=hidden,
         progress=progress,
         **options,
     )
+
+
+def hidden(decoder: Any, tokens: jax.Array) -> Any:
+    """What calibration runs of a decoder: all but its head."""
+    return decoder.hidden(tokens)
+
+
+def smooth_decoder(model: Any, windows: np.ndarray) -> None:
+    """`jax_anyprec.calibrate.smooth` of a decoder on `FEW` of the windows, in place."""
+    ap.calibrate.smooth(model, smoothing_links(model), _few(windows, BATCH), call=hidden)
 
 
 def smoothing_links(model: Any) -> list[ap.calibrate.Link]:
@@ -158,7 +172,7 @@ def decoder_costs(
     return ap.calibrate.measure_costs(
         model,
         rules,
-        batches_of(windows[:: -(-len(windows) // FEW)], 1),  # derivatives take much memory
+        _few(windows, 1),  # derivatives take much memory
         loss=ap.calibrate.sampled_loss,
         call=lambda decoder, tokens: decoder(tokens),
         progress=progress,
