@@ -10,7 +10,7 @@ from flax import nnx
 
 import jax_anyprec as ap
 from jax_anyprec.calibrate.allocate import Choice, choose, path_of
-from jax_anyprec.calibrate.moments import Inputs, Moments, add
+from jax_anyprec.calibrate.moments import Moments, add
 from jax_anyprec.calibrate.solve import Method, solve
 
 FLOAT = ap.Quantization(weights=3, activations=None, scale_dtype="float16")
@@ -23,7 +23,7 @@ def inputs(rng, rows, k, rank=None):
 
 
 def moments_of(x, f, quantization=FLOAT):
-    return add(Moments.zeros(x.shape[-1]), x, f, inputs=Inputs.of(quantization))
+    return add(Moments.zeros(x.shape[-1]), x, f, rotate=quantization.rotate)
 
 
 def quantized(bits, group_size, k):

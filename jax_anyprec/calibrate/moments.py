@@ -1,17 +1,13 @@
-"""Second moments of a layer's inputs, in the basis and on the grid that its products have."""
+"""Second moments of a layer's inputs, in the basis that its products have."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from .. import format as fmt
-from ..quantization import Quantization
-from ..reference import quantize_activations
 from ..rotation import Rotation
 
 LARGEST = 4.0
@@ -41,40 +37,17 @@ class Moments(NamedTuple):
         return cls(square, square + 0, vector, vector + 0, jnp.zeros(()))
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What a quantization does to inputs before they are multiplied.
-
-    Args:
-      rotate: whether they are rotated.
-      bits: that they are rounded to, or None.
-      group_size: values that share a scale; None for one a row.
-    """
-
-    rotate: bool
-    bits: int | None
-    group_size: int | None
-
-    @classmethod
-    def of(cls, quantization: Quantization) -> Inputs:
-        per_token = quantization.act_scales == "token"
-        group_size = None if per_token else quantization.group_size
-        return cls(quantization.rotate, quantization.activations, group_size)
-
-
-@functools.partial(jax.jit, static_argnames="inputs", donate_argnums=0)
-def add(moments: Moments, x: jax.Array, f: jax.Array, *, inputs: Inputs) -> Moments:
+@functools.partial(jax.jit, static_argnames="rotate", donate_argnums=0)
+def add(moments: Moments, x: jax.Array, f: jax.Array, *, rotate: bool) -> Moments:
     """Moments with more rows: ``x, f float[rows, K]`` of the quantized and of the float model.
 
-    Both are rotated as the products' are, and x is rounded to the grid of the activations, so that
-    the weights can make up for what that loses.
+    With `rotate` both are rotated as the products' are. What rounding x would lose is not among
+    them: weights that make up for it are smaller, and models get worse.
     """
     x, f = x.astype(jnp.float32), f.astype(jnp.float32)
-    if inputs.rotate:
+    if rotate:
         rotation = Rotation.for_size(x.shape[-1])
         x, f = rotation.apply(x), rotation.apply(f)
-    if inputs.bits is not None:
-        x = _rounded(x, inputs.bits, inputs.group_size or x.shape[-1])
     x, f = _weighted(x, f)
     return Moments(
         moments.own + product(x, x),
@@ -100,10 +73,3 @@ def _weighted(x: jax.Array, f: jax.Array) -> tuple[jax.Array, jax.Array]:
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """``a' b`` of ``float32[rows, K]`` each, summed over rows in full float32."""
     return jnp.matmul(a.T, b, precision="highest")
-
-
-def _rounded(x: jax.Array, bits: int, group_size: int) -> jax.Array:
-    """Activations ``float32[rows, K]`` as products take them."""
-    codes, scales = quantize_activations(x, bits=bits, group_size=group_size, rotation=None)
-    q = fmt.act_codes_to_ints(codes, bits).astype(jnp.float32)
-    return (q.reshape(*scales.shape, group_size) * scales[..., None]).reshape(x.shape)

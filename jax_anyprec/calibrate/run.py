@@ -22,7 +22,7 @@ from ..quantization import Quantization
 from ..rules import Rules
 from ..tensor import QuantizedTensor
 from .blocks import Blocks, Call, find_blocks
-from .moments import Inputs, Moments, add
+from .moments import Moments, add
 from .observe import Run, input_of, inputs_of, order
 from .report import CalibratedLayer
 from .smooth import Link, smooth
@@ -31,6 +31,9 @@ from .store import Part, Store, put
 
 LEAST_ROWS = 8
 """A weight of K rows is calibrated on at least K / LEAST_ROWS inputs; damping does the rest."""
+
+PRECISE = 8
+"""Bits of activations that leave inputs as precise as those of float ones, or nearly."""
 
 Progress = Callable[[int, int], None]
 
@@ -157,13 +160,12 @@ class Calibration:
                 (input_of(stage[0], run.packed), exact[stage[0].layer.path])
                 for run, exact in zip(runs, exact_inputs, strict=True)
             ]
-            moments: dict[Inputs, Moments] = {}
+            moments: dict[bool, Moments] = {}  # by whether inputs are rotated
             for found in stage:
                 quantization = self.todo[prefix + found.layer.path]
-                seen = Inputs.of(quantization)
-                if seen not in moments:
-                    moments[seen] = _moments(rows, seen)
-                self._pack(found, prefix, quantization, moments[seen])
+                if quantization.rotate not in moments:
+                    moments[quantization.rotate] = _moments(rows, quantization.rotate)
+                self._pack(found, prefix, quantization, moments[quantization.rotate])
 
     def _pack(
         self, found: Found, prefix: str, quantization: Quantization, moments: Moments
@@ -179,12 +181,17 @@ class Calibration:
                 f"{rows} inputs are too few for {layer.matrix[-2]} rows of weights",
             )
             return
-        weight, shift, error = pack(layer, quantization, moments, self.method)
+        weight, shift, error = pack(layer, quantization, moments, self._method(quantization))
         bias = getattr(found.module, "bias", None)
         if bias is not None and self.method.correct_bias:
             bias.set_value((bias[...] + shift.reshape(bias[...].shape)).astype(bias[...].dtype))
         self._replace(found, path, weight)
         self._finish(CalibratedLayer(path, quantization, rows, error, None))
+
+    def _method(self, quantization: Quantization) -> Method:
+        """Inputs that coarse activations made noisy would shrink weights that aim at others."""
+        coarse = (quantization.activations or PRECISE) < PRECISE
+        return dataclasses.replace(self.method, cross=0.0) if coarse else self.method
 
     def _round(self, found: Found, reason: str) -> None:
         path = found.layer.path
@@ -200,10 +207,10 @@ class Calibration:
         self.progress(len(self.done), self.total)
 
 
-def _moments(rows: Sequence[tuple[Any, Any]], inputs: Inputs) -> Moments:
+def _moments(rows: Sequence[tuple[Any, Any]], rotate: bool) -> Moments:
     moments = Moments.zeros(rows[0][0].shape[-1])
     for x, f in rows:
-        moments = add(moments, x, f, inputs=inputs)
+        moments = add(moments, x, f, rotate=rotate)
     return moments
 
 

@@ -36,7 +36,7 @@ class Method:
         over the number of inputs.
       sweeps: times that scales are refitted and all codes improved.
       cross: how much of the difference between the float model's inputs and the quantized model's
-        is made up for, 0 to 1.
+        is made up for, 0 to 1; nothing of it where activations have fewer than 8 bits.
       correct_bias: whether biases make up for the mean error of outputs.
     """
 
