@@ -27,10 +27,13 @@ LINES: dict[str, tuple[str, Callable[[Row], bool]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=pathlib.Path, help="what benchmarks.accuracy wrote")
-    parser.add_argument("out", type=pathlib.Path, help="an image")
+    parser.add_argument("results", type=pathlib.Path, nargs="+", help="of benchmarks.accuracy")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="an image")
     options = parser.parse_args()
-    draw(json.loads(options.results.read_text())["rows"], options.out)
+    draw(
+        [row for path in options.results for row in json.loads(path.read_text())["rows"]],
+        options.out,
+    )
 
 
 def draw(rows: list[Row], path: pathlib.Path) -> None:

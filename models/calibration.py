@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 import jax_anyprec as ap
+from jax_anyprec.calibrate.run import PRECISE
 from jax_anyprec.nnx.convert import Found, quantized_by
 from jax_anyprec.quantization import Quantization
 from jax_anyprec.rotation import MIN_BLOCK
@@ -28,9 +29,6 @@ FEW = 8
 
 BATCH = 4
 """Windows that are run together."""
-
-PRECISE = 8
-"""Bits of activations that need no smoothing."""
 
 
 def calibration_part(items: Sequence[Item]) -> Sequence[Item]:
