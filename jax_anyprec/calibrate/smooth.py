@@ -10,6 +10,7 @@ spread what is left over many of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -116,7 +117,7 @@ def _mean_squares(
         rows[path] = rows.get(path, 0) + len(x)
 
     for batch in batches:
-        observe(layers, lambda batch=batch: run(model, batch), show)
+        observe(layers, functools.partial(run, model, batch), show)
     return {path: np.asarray(total) / rows[path] for path, total in sums.items()}
 
 
