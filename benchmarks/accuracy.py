@@ -25,7 +25,7 @@ import numpy as np
 
 import jax_anyprec as ap
 from jax_anyprec import fetch
-from jax_anyprec.calibrate.observe import inputs_of
+from jax_anyprec.calibrate.observe import mean_squares
 from jax_anyprec.models import load_gguf, weight_bytes
 from jax_anyprec.models.calibration import (
     batches_of,
@@ -34,6 +34,7 @@ from jax_anyprec.models.calibration import (
     decoder_costs,
     default_rules,
     held_out_part,
+    hidden,
     smooth_decoder,
 )
 from jax_anyprec.models.evaluate import Evaluator, choose_windows, encode_texts
@@ -203,12 +204,8 @@ def linear_layers(model: Any) -> list[Found]:
 def importances(data: np.ndarray) -> dict[str, np.ndarray]:
     """The mean square of each layer's inputs, ``float32[K]`` by path."""
     model = load().model
-    layers = linear_layers(model)
-    sums: dict[str, Any] = {}
-    for batch in batches_of(data):
-        for path, x in inputs_of(layers, lambda b=batch: model.hidden(b)).items():
-            sums[path] = sums.get(path, 0) + jnp.square(x).sum(0)
-    return {path: np.asarray(total) / data.size for path, total in sums.items()}
+    runs = [functools.partial(hidden, model, batch) for batch in batches_of(data)]
+    return mean_squares(linear_layers(model), runs)
 
 
 def round_to_type(model: Any, name: str, importance: dict[str, np.ndarray]) -> float:

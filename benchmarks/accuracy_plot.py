@@ -1,6 +1,6 @@
 """Draws what rounding costs SmolLM2 against the bits of a weight.
 
-python -m benchmarks.accuracy_plot benchmarks/results/accuracy.json docs/accuracy.svg
+python -m benchmarks.accuracy_plot benchmarks/results/accuracy*.json --out docs/accuracy.svg
 """
 
 from __future__ import annotations

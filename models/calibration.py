@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 import jax_anyprec as ap
-from jax_anyprec.calibrate.run import PRECISE
+from jax_anyprec.calibrate.run import has_coarse_activations
 from jax_anyprec.nnx.convert import Found, quantized_by
 from jax_anyprec.quantization import Quantization
 from jax_anyprec.rotation import MIN_BLOCK
@@ -96,11 +96,10 @@ def calibrate_decoder(
 ) -> ap.CalibrationReport:
     """`jax_anyprec.calibrate_model` of a decoder on tokens ``int32[windows, context]``.
 
-    Where rules give activations fewer than `PRECISE` bits, channels are smoothed first, unless
+    Where rules give activations fewer than 8 bits, channels are smoothed first, unless
     `links` says otherwise. Weights alone lose by it: docs/accuracy.md.
     """
-    quantizations = [each for _, each in quantized_by(model, rules)]
-    coarse = any((each.activations or PRECISE) < PRECISE for each in quantizations)
+    coarse = any(has_coarse_activations(each) for _, each in quantized_by(model, rules))
     options.setdefault("links", smoothing_links(model) if coarse else ())
     return ap.calibrate_model(
         model,

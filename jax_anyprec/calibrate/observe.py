@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ..nnx.convert import Found
@@ -78,6 +80,21 @@ def inputs_of(layers: Sequence[Found], run: Run) -> dict[str, jax.Array]:
 
     observe(layers, run, show)
     return inputs
+
+
+def mean_squares(layers: Sequence[Found], runs: Iterable[Run]) -> dict[str, np.ndarray]:
+    """Of what goes into layers in all runs, ``float32[K]`` by path; not of layers never called."""
+    sums: dict[str, Any] = {}
+    rows: dict[str, int] = {}
+
+    def show(found: Found, x: Any) -> None:
+        path, x = found.layer.path, found.rows(x).astype(jnp.float32)
+        sums[path] = sums.get(path, 0) + jnp.square(x).sum(0)
+        rows[path] = rows.get(path, 0) + len(x)
+
+    for run in runs:
+        observe(layers, run, show)
+    return {path: np.asarray(total) / rows[path] for path, total in sums.items()}
 
 
 class _Seen(Exception):

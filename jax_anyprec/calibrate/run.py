@@ -38,6 +38,11 @@ PRECISE = 8
 Progress = Callable[[int, int], None]
 
 
+def has_coarse_activations(quantization: Quantization) -> bool:
+    """Whether activations have fewer than `PRECISE` bits."""
+    return quantization.activations is not None and quantization.activations < PRECISE
+
+
 class Runs(NamedTuple):
     """One batch through a module, and through the float copy of it."""
 
@@ -190,7 +195,7 @@ class Calibration:
 
     def _method(self, quantization: Quantization) -> Method:
         """Inputs that coarse activations made noisy would shrink weights that aim at others."""
-        coarse = (quantization.activations or PRECISE) < PRECISE
+        coarse = has_coarse_activations(quantization)
         return dataclasses.replace(self.method, cross=0.0) if coarse else self.method
 
     def _round(self, found: Found, reason: str) -> None:

@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from ..nnx.convert import Found, find
 from ..nnx.references import references
-from .observe import observe
+from .observe import mean_squares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,8 @@ def smooth(
     for link in chosen:
         _check(link, modules, layers)
     run = (lambda m, batch: m(batch)) if call is None else call
-    squares = _mean_squares([layers[link.takers[0]] for link in chosen], model, batches, run)
+    runs = [functools.partial(run, model, batch) for batch in batches]
+    squares = mean_squares([layers[link.takers[0]] for link in chosen], runs)
     changed: dict[str, jax.Array] = {}
     for link in chosen:
         if link.takers[0] in squares:
@@ -102,23 +102,6 @@ def _check(link: Link, modules: dict[str, Any], layers: dict[str, Found]) -> Non
                 f"{path!r} takes {taker.in_features} channels, of which {link.giver!r} gives "
                 f"{count}"
             )
-
-
-def _mean_squares(
-    layers: Sequence[Found], model: Any, batches: Sequence[Any], run: Callable[[Any, Any], Any]
-) -> dict[str, np.ndarray]:
-    """Of what goes into layers, ``float32[K]`` by path."""
-    sums: dict[str, Any] = {}
-    rows: dict[str, int] = {}
-
-    def show(found: Found, x: Any) -> None:
-        path, x = found.layer.path, found.rows(x).astype(jnp.float32)
-        sums[path] = sums.get(path, 0) + jnp.square(x).sum(0)
-        rows[path] = rows.get(path, 0) + len(x)
-
-    for batch in batches:
-        observe(layers, functools.partial(run, model, batch), show)
-    return {path: np.asarray(total) / rows[path] for path, total in sums.items()}
 
 
 def _apply(
