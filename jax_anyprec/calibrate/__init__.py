@@ -8,6 +8,7 @@ from typing import Any
 
 from ..rules import Rules
 from .allocate import Allocation, Costs, allocate_bits, measure_costs
+from .blocks import call_plainly
 from .report import CalibratedLayer, CalibrationReport
 from .sensitivity import projected_loss, sampled_loss
 from .smooth import Link, smooth
@@ -85,7 +86,7 @@ def calibrate_model(
         rules,
         kept,
         method=Method() if method is None else method,
-        call=(lambda m, batch: m(batch)) if call is None else call,
+        call=call or call_plainly,
         progress=(lambda done, total: None) if progress is None else progress,
         store=store,
         links=tuple(links),

@@ -17,6 +17,7 @@ from ..nnx.convert import Found, quantized_by
 from ..plan import describe
 from ..quantization import Quantization
 from ..rules import Rules
+from .blocks import call_plainly
 from .moments import Moments
 from .sensitivity import Loss, Sensitivity, projected_loss, sensitivities
 from .solve import Method, solve
@@ -204,7 +205,7 @@ def measure_costs(
     widths = [check_bits(each, "bits") for each in bits]
     layers = quantized_by(model, rules)
     rows = [f for f, _ in layers if f.has_rows]
-    run = (lambda m, batch: m(batch)) if call is None else call
+    run = call or call_plainly
     seen = sensitivities(model, rows, list(batches), loss=loss, call=run)
     table = []
     for i, (each, quantization) in enumerate(layers, 1):

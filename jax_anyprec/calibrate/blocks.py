@@ -19,6 +19,11 @@ Call = Callable[[Any, Any], Any]
 """Runs a model on a batch."""
 
 
+def call_plainly(model: Any, batch: Any) -> Any:
+    """The `Call` of models that take a batch and nothing else."""
+    return model(batch)
+
+
 class Arguments(NamedTuple):
     """What a block is called with."""
 

@@ -20,6 +20,7 @@ from flax import nnx
 
 from ..nnx.convert import Found, find
 from ..nnx.references import references
+from .blocks import call_plainly
 from .observe import mean_squares
 
 
@@ -74,7 +75,7 @@ def smooth(
     chosen = list(links)
     for link in chosen:
         _check(link, modules, layers)
-    run = (lambda m, batch: m(batch)) if call is None else call
+    run = call or call_plainly
     runs = [functools.partial(run, model, batch) for batch in batches]
     squares = mean_squares([layers[link.takers[0]] for link in chosen], runs)
     changed: dict[str, jax.Array] = {}
