@@ -47,6 +47,18 @@ from .report import Row, rows_of, table, write_json
 
 BUDGETS = (2.3, 2.7, 3.5, 4.5)
 TYPES = ("IQ4_NL", "Q4_0", "Q3_K", "IQ3_S", "Q2_K", "IQ2_S", "Q4_K", "Q5_0", "Q5_K", "Q8_0")
+JOINED = (
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "Q2_K",
+    "IQ3_XXS",
+    "IQ3_S",
+    "Q3_K",
+    "IQ4_XS",
+    "Q4_K",
+    "Q5_K",
+)
 ACTIVATIONS = ((None, "token"), (8, "token"), (6, "token"), (4, "group"), (4, "token"))
 
 BOTH = (True, False)
@@ -182,12 +194,22 @@ def activations(data: np.ndarray, method: str = "") -> Iterator[tuple[str, Any]]
 
 
 def peers(data: np.ndarray) -> Iterator[tuple[str, Any]]:
-    """ggml's types for all linear layers, without and with an importance matrix."""
+    """ggml's types for all linear layers, without and with an importance matrix.
+
+    Joined are types of blocks of 256 for this model, of whose rows most have 576: what they would
+    give if blocks ended where they like. llama.cpp takes larger types instead.
+    """
     importance = functools.cache(lambda: importances(data))
 
-    def prepare(model: Any, name: str, with_importance: bool) -> float:
+    def prepare(model: Any, name: str, with_importance: bool, joined: bool = False) -> float:
         given = importance() if with_importance else {}
-        return round_to_type(model, name, given)
+        return round_to_type(model, name, given, joined)
+
+    for name in JOINED:
+        yield (
+            f"ggml {name}, joined, importance matrix",
+            functools.partial(prepare, name=name, with_importance=True, joined=True),
+        )
 
     for name in TYPES:
         # Q8_0 ignores a matrix, IQ2_S needs one.
@@ -208,14 +230,16 @@ def importances(data: np.ndarray) -> dict[str, np.ndarray]:
     return mean_squares(linear_layers(model), runs)
 
 
-def round_to_type(model: Any, name: str, importance: dict[str, np.ndarray]) -> float:
+def round_to_type(model: Any, name: str, importance: dict[str, np.ndarray], joined: bool) -> float:
     """Round all linear layers to a type, in place; the bits of a weight."""
     bits = weights = 0.0
     for found in linear_layers(model):
         kernel: Any = found.module
         values = np.asarray(kernel.kernel[...])
-        kind = ggml_types.type_for(name, values.shape[0])
-        new = ggml_types.rounded(values, kind, importance.get(found.layer.path))
+        k = values.shape[0]
+        kind = ggml_types.Type[name] if joined else ggml_types.type_for(name, k)
+        join = ggml_types.rows_to_join(kind, k)
+        new = ggml_types.rounded(values, kind, importance.get(found.layer.path), join)
         kernel.kernel.set_value(jnp.asarray(new))
         bits += values.size * ggml_types.bits_of(kind)
         weights += values.size

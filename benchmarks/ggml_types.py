@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -28,19 +29,33 @@ def type_for(name: str, k: int) -> Type:
     return Type[name if k % block == 0 else FALLBACKS[name]]
 
 
+def rows_to_join(kind: Type, k: int) -> int:
+    """How many rows of K values fill blocks of this type."""
+    block, _ = GGML_QUANT_SIZES[kind]
+    return block // math.gcd(block, k)
+
+
 def bits_of(kind: Type) -> float:
     """Bits a weight, scales included."""
     block, size = GGML_QUANT_SIZES[kind]
     return 8 * size / block
 
 
-def rounded(weights: np.ndarray, kind: Type, importance: np.ndarray | None) -> np.ndarray:
-    """``float32[K, N]`` as this type holds it; `importance` ``float32[K]``, of the inputs."""
+def rounded(
+    weights: np.ndarray, kind: Type, importance: np.ndarray | None, join: int = 1
+) -> np.ndarray:
+    """``float32[K, N]`` as this type holds it; `importance` ``float32[K]``, of the inputs.
+
+    `join` of N's rows are rounded as if they were one, which llama.cpp does not do: so that types
+    in blocks can hold rows of any K.
+    """
     library, _ = ggml.load()
-    rows = np.ascontiguousarray(weights.T, np.float32)
+    rows = np.ascontiguousarray(weights.T, np.float32).reshape(weights.shape[1] // join, -1)
     n, k = rows.shape
+    if importance is not None:
+        importance = np.tile(importance, join)
     packed = np.empty(n * library.ggml_row_size(int(kind), k), np.uint8)
     weight = None if importance is None else np.ascontiguousarray(importance, np.float32)
     pointer = None if weight is None else weight.ctypes.data_as(ctypes.c_void_p)
     library.ggml_quantize_chunk(int(kind), rows.ctypes.data, packed.ctypes.data, 0, n, k, pointer)
-    return dequantize(packed.reshape(n, -1), kind).T
+    return dequantize(packed.reshape(n, -1), kind).reshape(weights.T.shape).T

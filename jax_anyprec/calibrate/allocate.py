@@ -178,6 +178,7 @@ def measure_costs(
     batches: Iterable[Any],
     *,
     bits: Iterable[int] = range(1, 9),
+    group_sizes: Iterable[int | None] = (),
     loss: Loss = projected_loss,
     call: Callable[[Any, Any], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -193,6 +194,7 @@ def measure_costs(
       rules: which layers take part, and how they are held but for the bits.
       batches: a few are enough.
       bits: to choose from.
+      group_sizes: to choose from, besides the rule's; None is a scale for each output channel.
       loss: from the model's output and a key to a scalar: `sampled_loss` for logits, by default
         `projected_loss`, which measures the squared change of any output.
       call: ``call(model, batch)`` runs the model; None for ``model(batch)``.
@@ -203,6 +205,7 @@ def measure_costs(
         that are rows of one matrix.
     """
     widths = [check_bits(each, "bits") for each in bits]
+    sizes = list(group_sizes)
     layers = quantized_by(model, rules)
     rows = [f for f, _ in layers if f.has_rows]
     run = call or call_plainly
@@ -212,7 +215,11 @@ def measure_costs(
         path = each.layer.path
         if path not in seen:
             raise ValueError(f"layer {path!r} shows no inputs in these batches: leave it out")
-        table.append(tuple(_choices(each, seen[path], quantization, widths)))
+        held = dict.fromkeys(
+            dataclasses.replace(quantization, group_size=size)
+            for size in (quantization.group_size, *sizes)
+        )
+        table.append(tuple(c for q in held for c in _choices(each, seen[path], q, widths)))
         if progress is not None:
             progress(i, len(layers))
     found = [each for each, _ in layers]
