@@ -48,17 +48,8 @@ from .report import Row, rows_of, table, write_json
 BUDGETS = (2.3, 2.7, 3.5, 4.5)
 TYPES = ("IQ4_NL", "Q4_0", "Q3_K", "IQ3_S", "Q2_K", "IQ2_S", "Q4_K", "Q5_0", "Q5_K", "Q8_0")
 JOINED = (
-    "IQ2_XXS",
-    "IQ2_XS",
-    "IQ2_S",
-    "Q2_K",
-    "IQ3_XXS",
-    "IQ3_S",
-    "Q3_K",
-    "IQ4_XS",
-    "Q4_K",
-    "Q5_K",
-)
+    "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K",
+)  # fmt: skip
 ACTIVATIONS = ((None, "token"), (8, "token"), (6, "token"), (4, "group"), (4, "token"))
 
 BOTH = (True, False)
@@ -236,10 +227,8 @@ def round_to_type(model: Any, name: str, importance: dict[str, np.ndarray], join
     for found in linear_layers(model):
         kernel: Any = found.module
         values = np.asarray(kernel.kernel[...])
-        k = values.shape[0]
-        kind = ggml_types.Type[name] if joined else ggml_types.type_for(name, k)
-        join = ggml_types.rows_to_join(kind, k)
-        new = ggml_types.rounded(values, kind, importance.get(found.layer.path), join)
+        kind = ggml_types.Type[name] if joined else ggml_types.type_for(name, values.shape[0])
+        new = ggml_types.rounded(values, kind, importance.get(found.layer.path))
         kernel.kernel.set_value(jnp.asarray(new))
         bits += values.size * ggml_types.bits_of(kind)
         weights += values.size

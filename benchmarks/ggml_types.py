@@ -29,27 +29,21 @@ def type_for(name: str, k: int) -> Type:
     return Type[name if k % block == 0 else FALLBACKS[name]]
 
 
-def rows_to_join(kind: Type, k: int) -> int:
-    """How many rows of K values fill blocks of this type."""
-    block, _ = GGML_QUANT_SIZES[kind]
-    return block // math.gcd(block, k)
-
-
 def bits_of(kind: Type) -> float:
     """Bits a weight, scales included."""
     block, size = GGML_QUANT_SIZES[kind]
     return 8 * size / block
 
 
-def rounded(
-    weights: np.ndarray, kind: Type, importance: np.ndarray | None, join: int = 1
-) -> np.ndarray:
+def rounded(weights: np.ndarray, kind: Type, importance: np.ndarray | None) -> np.ndarray:
     """``float32[K, N]`` as this type holds it; `importance` ``float32[K]``, of the inputs.
 
-    `join` of N's rows are rounded as if they were one, which llama.cpp does not do: so that types
-    in blocks can hold rows of any K.
+    Where K is no multiple of the type's block, as many rows as are one are rounded as if they were
+    one row, which llama.cpp does not do; N has to be a multiple of that many.
     """
     library, _ = ggml.load()
+    block, _ = GGML_QUANT_SIZES[kind]
+    join = block // math.gcd(block, weights.shape[0])
     rows = np.ascontiguousarray(weights.T, np.float32).reshape(weights.shape[1] // join, -1)
     n, k = rows.shape
     if importance is not None:

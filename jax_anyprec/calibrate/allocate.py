@@ -201,25 +201,22 @@ def measure_costs(
       progress: called with the layers done so far and their number.
 
     Raises:
-      ValueError: a rule does not fit, or a layer is not called with these batches or has no inputs
-        that are rows of one matrix.
+      ValueError: a rule or a group size does not fit, or a layer is not called with these batches
+        or has no inputs that are rows of one matrix.
     """
     widths = [check_bits(each, "bits") for each in bits]
-    sizes = list(group_sizes)
     layers = quantized_by(model, rules)
+    sizes = list(group_sizes)
+    held = [_held(each, quantization, sizes) for each, quantization in layers]
     rows = [f for f, _ in layers if f.has_rows]
     run = call or call_plainly
     seen = sensitivities(model, rows, list(batches), loss=loss, call=run)
     table = []
-    for i, (each, quantization) in enumerate(layers, 1):
+    for i, ((each, _), quantizations) in enumerate(zip(layers, held, strict=True), 1):
         path = each.layer.path
         if path not in seen:
             raise ValueError(f"layer {path!r} shows no inputs in these batches: leave it out")
-        held = dict.fromkeys(
-            dataclasses.replace(quantization, group_size=size)
-            for size in (quantization.group_size, *sizes)
-        )
-        table.append(tuple(c for q in held for c in _choices(each, seen[path], q, widths)))
+        table.append(tuple(c for q in quantizations for c in _choices(each, seen[path], q, widths)))
         if progress is not None:
             progress(i, len(layers))
     found = [each for each, _ in layers]
@@ -229,6 +226,17 @@ def measure_costs(
 def _count(found: Found) -> int:
     assert found.layer.matrix is not None
     return math.prod(found.layer.matrix)
+
+
+def _held(
+    found: Found, quantization: Quantization, group_sizes: Sequence[int | None]
+) -> list[Quantization]:
+    """How a layer may be held but for the bits, each once; ValueError if it can't be."""
+    sizes = dict.fromkeys((quantization.group_size, *group_sizes))
+    held = [dataclasses.replace(quantization, group_size=size) for size in sizes]
+    for each in held:
+        found.layer.packed_nbytes(each)
+    return held
 
 
 def _choices(
