@@ -1,6 +1,6 @@
 """Draws what rounding costs SmolLM2 against the bits of a weight.
 
-python -m benchmarks.accuracy_plot benchmarks/results/accuracy*.json --out docs/accuracy.svg
+python -m benchmarks.accuracy_plot benchmarks/results/accuracy.json --out docs/accuracy.svg
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from .report import Row
 
 LINES: dict[str, tuple[str, Callable[[Row], bool]]] = {
     "calibrated, bits by layer": ("o-", lambda row: row["part"] == "budgets"),
-    "ggml's types, importance matrix": (
-        "s",
-        lambda row: row["part"] == "peers" and "importance" in row["setting"],
-    ),
-    "ggml's types": (
-        "x",
-        lambda row: row["part"] == "peers" and "importance" not in row["setting"],
+    "ggml's types, importance matrix": ("s", lambda row: _kind(row) == ["importance matrix"]),
+    "ggml's types": ("x", lambda row: _kind(row) == []),
+    "ggml's types as if blocks joined rows": (
+        "^",
+        lambda row: _kind(row) == ["joined", "importance matrix"],
     ),
 }
 
 
+def _kind(row: Row) -> list[str] | None:
+    """What the name of a type of ggml's adds to it; None for others."""
+    return row["setting"].split(", ")[1:] if row["part"] == "peers" else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=pathlib.Path, nargs="+", help="of benchmarks.accuracy")
+    parser.add_argument("results", type=pathlib.Path, help="of benchmarks.accuracy")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="an image")
     options = parser.parse_args()
-    draw(
-        [row for path in options.results for row in json.loads(path.read_text())["rows"]],
-        options.out,
-    )
+    draw(json.loads(options.results.read_text())["rows"], options.out)
 
 
 def draw(rows: list[Row], path: pathlib.Path) -> None:
