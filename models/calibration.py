@@ -111,6 +111,14 @@ def calibrate_decoder(
     )
 
 
+def decoder_tuning(windows: np.ndarray, **options: Any) -> ap.calibrate.Tuning:
+    """How a decoder is tuned to predict as in float: a step for each window, in random order."""
+    order = np.random.default_rng(0).permutation(len(windows))
+    return ap.calibrate.Tuning(
+        batches_of(windows[order], 1), loss=ap.calibrate.kl_divergence, **options
+    )
+
+
 def hidden(decoder: Any, tokens: jax.Array) -> Any:
     """What calibration runs of a decoder: all but its head."""
     return decoder.hidden(tokens)

@@ -14,6 +14,7 @@ from .sensitivity import projected_loss, sampled_loss
 from .smooth import Link, smooth
 from .solve import Method
 from .store import load_calibrated
+from .tune import Tuning, kl_divergence, relative_error, tune
 
 __all__ = [
     "Allocation",
@@ -22,13 +23,17 @@ __all__ = [
     "Costs",
     "Link",
     "Method",
+    "Tuning",
     "allocate_bits",
     "calibrate_model",
+    "kl_divergence",
     "load_calibrated",
     "measure_costs",
     "projected_loss",
+    "relative_error",
     "sampled_loss",
     "smooth",
+    "tune",
 ]
 
 
@@ -42,6 +47,7 @@ def calibrate_model(
     progress: Callable[[int, int], None] | None = None,
     store: str | os.PathLike[str] | None = None,
     links: Iterable[Link] = (),
+    tuning: Tuning | None = None,
 ) -> CalibrationReport:
     """Quantize a model so that its outputs change least on `batches`.
 
@@ -56,12 +62,14 @@ def calibrate_model(
         block makes of them in the float and in the packed model.
       call: ``call(model, batch)`` runs the model; None for ``model(batch)``.
       method: how codes and scales are found; None for what measured best.
-      progress: called with the layers done so far and their number.
+      progress: called with the layers done so far and their number; steps of tuning count too.
       store: a folder in which each block is kept when it is done; what is there already, of the
         same model, rules and batches, is taken from it. `load_calibrated` loads it. None keeps
         nothing.
       links: channels that are made alike in size first, see `calibrate.smooth`: worth it where
         activations have fewer than 8 bits.
+      tuning: how scales, norms and biases of the whole model are tuned together at the end, see
+        `calibrate.tune`; None leaves that out.
 
     Returns:
       A `CalibrationReport`; printed, a table. Layers that no input reaches, or whose inputs are no
@@ -70,7 +78,8 @@ def calibrate_model(
     Raises:
       TypeError: the model is no `flax.nnx.Module`.
       ValueError: there are no batches, `store` is of another calibration, a rule does not fit, or
-        inputs of a layer are not finite: layers before that one have been quantized.
+        inputs of a layer are not finite: layers before that one have been quantized. Or the loss
+        of tuning is not finite, when all have been.
     """
     from flax import nnx
 
@@ -90,6 +99,7 @@ def calibrate_model(
         progress=(lambda done, total: None) if progress is None else progress,
         store=store,
         links=tuple(links),
+        tuning=tuning,
     )
     calibration.run()
     return CalibrationReport(calibration.model, tuple(calibration.done))

@@ -28,6 +28,7 @@ from .report import CalibratedLayer
 from .smooth import Link, smooth
 from .solve import Method, solve
 from .store import Part, Store, put
+from .tune import Tuning, numbers, set_numbers, tune
 
 LEAST_ROWS = 8
 """A weight of K rows is calibrated on at least K / LEAST_ROWS inputs; damping does the rest."""
@@ -58,9 +59,10 @@ class Calibration:
       rules: which layers become what.
       batches: what `call` takes.
       call: runs the model on a batch.
-      progress: called with the layers done so far and their number.
+      progress: called with the layers and steps of tuning done so far and their number.
       store: where parts that are done are kept and found, or None.
       links: channels that are made alike in size before anything else.
+      tuning: how all layers are tuned together at the end, or None.
     """
 
     def __init__(
@@ -74,11 +76,16 @@ class Calibration:
         progress: Progress,
         store: str | os.PathLike[str] | None,
         links: tuple[Link, ...] = (),
+        tuning: Tuning | None = None,
     ):
         self.todo = {f.layer.path: each for f, each in quantized_by(model, rules)}
         self.done: list[CalibratedLayer] = []
         self.model, self.batches, self.method = model, batches, method
         self.call, self.progress, self.total = call, progress, len(self.todo)
+        if tuning is not None and tuning.batches is None:
+            tuning = dataclasses.replace(tuning, batches=batches)
+        self.tuning = tuning
+        self.total += 0 if tuning is None else len(tuning.batches or ())
         self._store = None if store is None else Store(store, self._key(links))
         if links:
             self._smooth(links)
@@ -88,6 +95,8 @@ class Calibration:
         """Calibrate all layers: blocks in their order, then what lies outside of them."""
         self._run_blocks()
         self._part("", self._run_rest)
+        if self.tuning:
+            self._tune(self.tuning)
 
     def _run_rest(self) -> None:
         runs = [
@@ -125,10 +134,29 @@ class Calibration:
             coming = {f"{path}/kernel" for path in self.todo}
             self._store.keep({path: v for path, v in changed.items() if path not in coming})
 
+    def _tune(self, tuning: Tuning) -> None:
+        """Tune all layers together, or take that from the store."""
+        found = None if self._store is None else self._store.tuned
+        if found is not None:
+            set_numbers(self.model, found)
+            self.progress(self.total, self.total)
+            return
+        layers = len(self.done)
+
+        def report(steps: int, _: int) -> None:
+            self.progress(layers + steps, self.total)
+
+        tune(self.model, self._reference, tuning, report)
+        if self._store is not None:
+            self._store.keep_tuned(numbers(self.model))
+
     def _key(self, links: tuple[Link, ...]) -> str:
         """What the result depends on, in short."""
-        digest = hashlib.sha256(repr((self.todo, self.method, *links)).encode())
-        for leaf in jax.tree.leaves((nnx.state(self.model), self.batches)):
+        tuning = self.tuning
+        steps = tuning and (tuning.loss.__qualname__, tuning.rate)
+        digest = hashlib.sha256(repr((self.todo, self.method, steps, *links)).encode())
+        data = (self.batches, tuning and tuning.batches)
+        for leaf in jax.tree.leaves((nnx.state(self.model), data)):
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()
 

@@ -3,7 +3,8 @@
 ``index.json`` lists the parts (a block each, say) with their layers; the packed weights and biases
 of part i are in ``part-i.safetensors`` (`jax_anyprec.save`). A part is listed when its file is
 complete, so an interrupted calibration leaves the parts before. Other variables of the model that
-have changed, of norms before smoothed layers, are in ``variables.safetensors``, by path.
+have changed, of norms before smoothed layers, are in ``variables.safetensors``, by path; numbers
+that were tuned when all layers were done (`calibrate.tune`) are in ``tuned.safetensors``.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from ..quantization import Quantization
 from ..safetensors import replace_files
 from ..tensor import QuantizedTensor
 from .report import CalibratedLayer
+from .tune import numbers, set_numbers
 
 INDEX = "index.json"
 VARIABLES = "variables.safetensors"
+TUNED = "tuned.safetensors"
 FORMAT = "jax_anyprec calibration 1"
 
 Weights = Mapping[str, jax.Array | QuantizedTensor]
@@ -84,6 +87,15 @@ class Store:
 
         replace_files({self.path / INDEX: write_index})
 
+    @property
+    def tuned(self) -> dict[str, Any] | None:
+        """Numbers that were tuned at the end, by path; None before."""
+        return load(self.path / TUNED) if (self.path / TUNED).exists() else None
+
+    def keep_tuned(self, values: Mapping[str, jax.Array]) -> None:
+        """Add the numbers of `tuned`."""
+        save(self.path / TUNED, dict(values))
+
     def keep(self, variables: Mapping[str, jax.Array]) -> None:
         """Variables that loading a calibration has to change, besides layers, by path."""
         save(self.path / VARIABLES, dict(variables))
@@ -107,6 +119,8 @@ def load_calibrated(model: nnx.Module, path: str | os.PathLike[str]) -> nnx.Modu
     for entry in index["parts"].values():
         part = _read_part(path, entry)
         model = put(model, part, str(path))
+    if (path / TUNED).exists():
+        _set_tuned(model, load(path / TUNED), str(path))
     return model
 
 
@@ -133,6 +147,13 @@ def _set_variables(model: nnx.Module, values: Mapping[str, Any], source: str) ->
         if not isinstance(variable, nnx.Variable) or variable.shape != value.shape:
             raise CheckpointError(f"{source} is of another model: {path!r} differs")
         variable.set_value(value)
+
+
+def _set_tuned(model: nnx.Module, values: Mapping[str, Any], source: str) -> None:
+    shapes = {name: value.shape for name, value in numbers(model).items()}
+    if shapes != {name: value.shape for name, value in values.items()}:
+        raise CheckpointError(f"{source} is of another model: {TUNED} has numbers of others")
+    set_numbers(model, values)
 
 
 def _new_index(key: str) -> dict[str, Any]:

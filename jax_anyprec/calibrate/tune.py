@@ -1,0 +1,192 @@
+"""Tunes scales, norms and biases of a packed model together, by gradients of its outputs.
+
+Calibration settles one layer after another, each on its own outputs. What the whole model makes of
+them is seen here: codes stay as they are, and what is left, a number for each group of weights and
+the model's vectors, follows the gradients of the difference between the model's outputs and the
+float model's (the second phase of EfficientQAT, arXiv 2407.11062, with the float model as teacher).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from .. import format as fmt
+from ..nnx.packed import Packed
+from ..nnx.references import references
+from ..tensor import QuantizedTensor
+from .blocks import Call, call_plainly
+
+FIELDS = ("scales", "offsets")
+
+Difference = Callable[[Any, Any], jax.Array]
+"""From the outputs of the packed and of the float model to a scalar."""
+
+
+def relative_error(output: jax.Array, wanted: jax.Array) -> jax.Array:
+    """``|output - wanted|**2 / |wanted|**2``, summed over all elements of ``[...]``."""
+    output, wanted = output.astype(jnp.float32), wanted.astype(jnp.float32)
+    return jnp.square(output - wanted).sum() / jnp.maximum(jnp.square(wanted).sum(), 1e-30)
+
+
+def kl_divergence(logits: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Of predictions ``logits [..., classes]`` from `wanted`'s: nats a prediction, on average."""
+    log_p = jax.nn.log_softmax(wanted.astype(jnp.float32))
+    log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tuning:
+    """What a packed model is tuned on, and how. All are optional.
+
+    Args:
+      batches: inputs of one shape, each for one step; None for those of the calibration.
+      call: ``call(model, batch)`` gives what `loss` takes; None for ``model(batch)``.
+      loss: from the outputs of the packed and of the float model to a scalar: `relative_error`,
+        or `kl_divergence` for logits.
+      rate: the first step's. A step changes each number by about the rate times its size; of a
+        vector, times the root mean square of it. Rates fall to 0 along a cosine.
+    """
+
+    batches: Sequence[Any] | None = None
+    call: Call | None = None
+    loss: Difference = relative_error
+    rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.batches is not None and not len(self.batches):
+            raise ValueError("Tuning.batches must hold at least one batch, got none")
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"Tuning.rate must be in 0..1, below 1, got {self.rate}")
+
+
+def tune(
+    model: nnx.Module,
+    reference: nnx.Module,
+    tuning: Tuning,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Change scales, offsets and vectors of `model`, so that it gives what `reference` does.
+
+    One step of Adam for each batch, in their order.
+
+    Args:
+      model: packed, of any bits, changed in place once all steps are done.
+      reference: the float model.
+      tuning: with batches.
+      progress: called with the steps done so far and their number.
+
+    Returns:
+      The loss of each batch before its step.
+
+    Raises:
+      ValueError: no layer is packed, there are no batches, or a loss is not finite; the model is
+        as it was then.
+    """
+    batches, run = list(tuning.batches or ()), tuning.call or call_plainly
+    if not batches:
+        raise ValueError("Tuning.batches must hold at least one batch, got none")
+    values, units = numbers(model), _units(model)
+    graph, state = nnx.split(model)
+    exact_graph, exact_state = nnx.split(reference)
+    optimizer = optax.adam(optax.cosine_decay_schedule(tuning.rate, len(batches)))
+
+    def moved(values: Any, units: Any, steps: Any) -> Any:
+        return {
+            path: values[path].astype(jnp.float32) + steps[path] * units[path] for path in steps
+        }
+
+    def loss_of(steps: Any, fixed: Any, wanted: Any, batch: Any) -> jax.Array:
+        state, values, units = fixed
+        changed = nnx.merge(graph, state)
+        set_numbers(changed, moved(values, units, steps))
+        return tuning.loss(run(changed, batch), wanted)
+
+    @jax.jit
+    def advance(steps: Any, momenta: Any, fixed: Any, exact_state: Any, batch: Any) -> Any:
+        wanted = run(nnx.merge(exact_graph, exact_state), batch)
+        loss, slopes = jax.value_and_grad(loss_of)(steps, fixed, wanted, batch)
+        updates, momenta = optimizer.update(slopes, momenta, steps)
+        return optax.apply_updates(steps, updates), momenta, loss
+
+    steps = {path: jnp.zeros(value.shape) for path, value in values.items()}
+    momenta, losses = optimizer.init(steps), []
+    for i, batch in enumerate(batches):
+        steps, momenta, loss = advance(steps, momenta, (state, values, units), exact_state, batch)
+        losses.append(float(loss))
+        if not jnp.isfinite(loss):
+            raise ValueError(f"Tuning.loss must be finite, got {losses[-1]} for batch {i}")
+        if progress is not None:
+            progress(i + 1, len(batches))
+    found = moved(values, units, steps)
+    set_numbers(model, {path: found[path].astype(values[path].dtype) for path in found})
+    return losses
+
+
+def numbers(model: nnx.Module) -> dict[str, jax.Array]:
+    """What can be tuned of a model, by path: "scales" and "offsets" below a packed weight's.
+
+    These are ``[..., N, groups]``; the rest are the model's parameters of one axis.
+
+    Raises:
+      ValueError: no layer is packed.
+    """
+    found: dict[str, jax.Array] = {}
+    packed = False
+    for path, node in _nodes(model):
+        if isinstance(node, Packed):
+            packed = True
+            tensor: QuantizedTensor = node.get_value()
+            fields = {field: _restored(tensor, field) for field in FIELDS}
+            found |= {f"{path}/{f}": value for f, value in fields.items() if value is not None}
+        elif isinstance(node, nnx.Param) and _is_vector(node.get_value()):
+            found[path] = node.get_value()
+    if not packed:
+        raise ValueError("model must have packed layers, got none")
+    return found
+
+
+def set_numbers(model: nnx.Module, values: Mapping[str, jax.Array]) -> None:
+    """Put all numbers in their places, as `numbers` names them."""
+    for path, node in _nodes(model):
+        if isinstance(node, Packed):
+            tensor: QuantizedTensor = node.get_value()
+            new = {f: values[f"{path}/{f}"] for f in FIELDS if getattr(tensor, f) is not None}
+            if tensor.prepared:
+                new = {field: fmt.tile_groups(value) for field, value in new.items()}
+            node.set_value(dataclasses.replace(tensor, **new))
+        elif isinstance(node, nnx.Param) and path in values:
+            node.set_value(values[path])
+
+
+def _nodes(model: nnx.Module) -> list[tuple[str, Any]]:
+    return [(reference.path, reference.node) for reference in references(model)]
+
+
+def _restored(tensor: QuantizedTensor, field: str) -> jax.Array | None:
+    value, n = getattr(tensor, field), tensor.columns
+    return value if value is None or n is None else fmt.untile_groups(value, n)
+
+
+def _is_vector(value: Any) -> bool:
+    return value.ndim == 1 and jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _units(model: nnx.Module) -> dict[str, jax.Array]:
+    """What a step of 1 adds to each number: a scale itself, and to an offset half of the range."""
+    values = {path: value.astype(jnp.float32) for path, value in numbers(model).items()}
+    bits = {path: node.get_value().bits for path, node in _nodes(model) if isinstance(node, Packed)}
+    units = {path: jnp.sqrt(jnp.square(value).mean()) for path, value in values.items()}
+    for path, each in bits.items():
+        scales = values[f"{path}/scales"]
+        units[f"{path}/scales"] = scales
+        if f"{path}/offsets" in units:
+            units[f"{path}/offsets"] = scales * fmt.max_level(each)
+    return units
