@@ -4,7 +4,7 @@
 
 The reference is the checkpoint's own weights in float, which were 4-bit (Q4_1, 5 bits a weight)
 before. All are calibrated on every other Wikipedia article, ggml's importance matrices too, and
-measured on the articles between. Bits count planes, scales and offsets of the linear layers.
+measured on the articles between. What is tuned is tuned on as many tokens again, of the former. Bits count planes, scales and offsets of the linear layers.
 Needs llama-cpp-python for ggml's types. Rows that the file of --json has already, of as many
 tokens, are kept, so a run that was stopped goes on where it was.
 """
@@ -32,10 +32,12 @@ from jax_anyprec.models.calibration import (
     calibrate_decoder,
     calibration_part,
     decoder_costs,
+    decoder_tuning,
     default_rules,
     held_out_part,
     hidden,
     smooth_decoder,
+    split,
 )
 from jax_anyprec.models.evaluate import Evaluator, choose_windows, encode_texts
 from jax_anyprec.models.wikipedia import read_articles
@@ -73,13 +75,13 @@ def main() -> None:
         texts = (article.text for article in part(articles))
         return choose_windows(encode_texts(texts, loaded.tokenizer.encode), tokens, context)
 
-    data = windows(calibration_part, options.tokens, 512)
+    data, others = split(windows(calibration_part, 2 * options.tokens, 512), options.tokens)
     evaluator = Evaluator(loaded.model, windows(held_out_part, options.held_out, 1024))
     facts = {"calibration_tokens": data.size, "context": 512, "held_out": options.held_out}
     rows = rows_of(options.json, facts)
     done = {(row["part"], row["setting"]) for row in rows}
     for part in options.parts.split(","):
-        for setting, prepare in PARTS[part](data):
+        for setting, prepare in PARTS[part](data, others):
             if (part, setting) in done or options.only not in setting:
                 continue
             row = {"part": part, "setting": setting, "commit": commit()}
@@ -116,8 +118,8 @@ def measure(evaluator: Evaluator, prepare: Prepare) -> Row:
 # --- calibrated ---
 
 
-def budgets(data: np.ndarray) -> Iterator[tuple[str, Any]]:
-    """Mixed bits under a budget."""
+def budgets(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """Mixed bits under a budget, calibrated, and then tuned on other windows."""
 
     @functools.cache
     def costs() -> Any:
@@ -125,13 +127,14 @@ def budgets(data: np.ndarray) -> Iterator[tuple[str, Any]]:
         return decoder_costs(model, data, default_rules(model, 3, activations=None))
 
     def prepare(model: Any, budget: float) -> None:
-        calibrate_decoder(model, data, costs().allocate(budget).rules)
+        rules = costs().allocate(budget).rules
+        calibrate_decoder(model, data, rules, tuning=decoder_tuning(others))
 
     for budget in BUDGETS:
-        yield f"at most {budget} bits", functools.partial(prepare, budget=budget)
+        yield f"at most {budget} bits, tuned", functools.partial(prepare, budget=budget)
 
 
-def ablation(data: np.ndarray) -> Iterator[tuple[str, Any]]:
+def ablation(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
     """3 bits in groups of 64: what each step of the calibration adds."""
     method = ap.calibrate.Method
 
@@ -142,26 +145,28 @@ def ablation(data: np.ndarray) -> Iterator[tuple[str, Any]]:
         ]
         ap.quantize_model(model, rules)
 
-    def calibrated(model: Any, method: Any, rotate: bool = True) -> None:
+    def calibrated(model: Any, method: Any, rotate: bool = True, tuning: Any = None) -> None:
         rules = [
             (path, dataclasses.replace(each, rotate=rotate))
             for path, each in default_rules(model, 3, activations=None)
         ]
-        calibrate_decoder(model, data, rules, method=method)
+        calibrate_decoder(model, data, rules, method=method, tuning=tuning)
 
     yield "round to nearest", functools.partial(nearest, rotate=False)
     yield "rotated, round to nearest", functools.partial(nearest, rotate=True)
     steps = {
         "rotated, GPTQ": method(sweeps=0, cross=0.0),
         "rotated, GPTQ, sweeps": method(cross=0.0),
-        "rotated, GPTQ, sweeps, float inputs (default)": method(),
+        "rotated, GPTQ, sweeps, float inputs": method(),
     }
     for name, each in steps.items():
         yield name, functools.partial(calibrated, method=each)
+    tuned = functools.partial(calibrated, method=method(), tuning=decoder_tuning(others))
+    yield "rotated, all of it, tuned (default)", tuned
     yield "not rotated, all of it", functools.partial(calibrated, method=method(), rotate=False)
 
 
-def activations(data: np.ndarray, method: str = "") -> Iterator[tuple[str, Any]]:
+def activations(data: np.ndarray, _: np.ndarray, method: str = "") -> Iterator[tuple[str, Any]]:
     """Rotated activations beside weights of 8 bits.
 
     All is rounded to nearest, after channels were smoothed, or calibrated, which smooths too.
@@ -184,7 +189,7 @@ def activations(data: np.ndarray, method: str = "") -> Iterator[tuple[str, Any]]
 # --- ggml ---
 
 
-def peers(data: np.ndarray) -> Iterator[tuple[str, Any]]:
+def peers(data: np.ndarray, _: np.ndarray) -> Iterator[tuple[str, Any]]:
     """ggml's types for all linear layers, without and with an importance matrix.
 
     Joined are types of blocks of 256 for this model, of whose rows most have 576: what they would
@@ -235,7 +240,7 @@ def round_to_type(model: Any, name: str, importance: dict[str, np.ndarray], join
     return bits / weights
 
 
-PARTS: dict[str, Callable[[np.ndarray], Iterator[tuple[str, Any]]]] = {
+PARTS: dict[str, Callable[[np.ndarray, np.ndarray], Iterator[tuple[str, Any]]]] = {
     "peers": peers,
     "budgets": budgets,
     "ablation": ablation,

@@ -448,6 +448,14 @@ def evaluate(
 @click.option(
     "--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a window."
 )
+@click.option(
+    "--tune",
+    type=click.IntRange(0),
+    default=16384,
+    show_default=True,
+    help="Tokens besides those, on which scales and norms of all layers are tuned together at the "
+    "end, by gradients; 0 leaves that out.",
+)
 @json_option
 def quantize_command(
     output: Path,
@@ -458,6 +466,7 @@ def quantize_command(
     group_size: int,
     tokens: int,
     context: int,
+    tune: int,
     as_json: bool,
 ) -> None:
     """Calibrate a decoder's weights on text, and keep them in the folder OUTPUT.
@@ -483,11 +492,15 @@ def quantize_command(
             calibrate_decoder,
             calibration_part,
             decoder_costs,
+            decoder_tuning,
             default_rules,
+            split,
         )
 
         loaded = _load(path, None, "Loading the float model")
-        windows = _windows(loaded, tokens, context, calibration_part)
+        # Whole windows of each.
+        total = tokens // context * context + tune // context * context
+        windows, others = split(_windows(loaded, total, context, calibration_part), tune)
         rules: Any = default_rules(
             loaded.model,
             bits or 4,
@@ -498,8 +511,11 @@ def quantize_command(
             with progress_bar("Choosing bits", MofNCompleteColumn()) as report:
                 costs = decoder_costs(loaded.model, windows, rules, progress=report)
             rules = costs.allocate(budget).rules
+        tuning = decoder_tuning(others) if len(others) else None
         with progress_bar("Calibrating", MofNCompleteColumn()) as report:
-            done = calibrate_decoder(loaded.model, windows, rules, progress=report, store=output)
+            done = calibrate_decoder(
+                loaded.model, windows, rules, progress=report, store=output, tuning=tuning
+            )
     facts = {
         "model": loaded.name,
         "tokens": int(windows.size),

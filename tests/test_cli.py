@@ -265,9 +265,13 @@ def test_eval_prints_a_table():
 
 def test_quantize_and_what_takes_its_folder(tmp_path):
     folder = tmp_path / "packed"
-    options = ("--tokens", 256, "--context", 64, "--group-size", 32, "--activations", "float")
+    options = (
+        *("--tokens", 256, "--tune", 128, "--context", 64),
+        *("--group-size", 32, "--activations", "float"),
+    )
     facts = run_json("quantize", folder, "--bits", 3, *options)
     assert facts["tokens"] == 256
+    assert (folder / "tuned.safetensors").exists()
     assert {layer["becomes"].split()[0] for layer in facts["layers"]} == {"W3A16"}
     assert 3 < facts["bits_per_linear_weight"] < 4
     result = run_json(
@@ -283,10 +287,11 @@ def test_quantize_and_what_takes_its_folder(tmp_path):
 
 
 def test_quantize_by_a_budget(tmp_path):
-    options = ("--tokens", 128, "--context", 64, "--group-size", 32)
+    options = ("--tokens", 128, "--tune", 0, "--context", 64, "--group-size", 32)
     table = run("quantize", tmp_path / "packed", "--budget", 3.7, *options).stdout
     assert "layers/0/attention/qkv" in table
     assert float(re.search(r"(\S+) bits a linear weight", table)[1]) <= 3.7
+    assert not (tmp_path / "packed" / "tuned.safetensors").exists()
     few = run("quantize", tmp_path / "few", "--budget", 1, *options, code=1)
     assert "budget must be at least" in few.stderr
     both = run("quantize", tmp_path / "both", "--budget", 3, "--bits", 2, code=2)

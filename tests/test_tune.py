@@ -10,6 +10,7 @@ from flax import nnx
 
 import jax_anyprec as ap
 from jax_anyprec.calibrate import Tuning, kl_divergence, relative_error, tune
+from jax_anyprec.calibrate.allocate import DISTORTION
 from jax_anyprec.calibrate.tune import numbers
 from jax_anyprec.nnx.packed import Packed
 
@@ -65,10 +66,10 @@ def test_other_inputs_gain(quantization, loss):
     losses = tune(
         model,
         Model(),
-        Tuning(data, loss=loss, rate=0.01),
+        Tuning(data, loss=loss, rate=0.03),
         progress=lambda *step: progress.append(step),
     )
-    assert float(loss(model(other), Model()(other))) < 0.9 * before
+    assert float(loss(model(other), Model()(other))) < 0.95 * before
     assert losses[-1] < losses[0]
     assert len(losses) == 24
     assert progress == [(i, 24) for i in range(1, 25)]
@@ -89,7 +90,7 @@ def test_what_is_tuned():
 
 
 def test_offsets_are_tuned_by_what_a_group_spans():
-    """Adam's first step is the rate times the unit: of scales a part, of offsets half the range."""
+    """Adam's first step is the rate times that: of scales a part, of offsets half the range."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 4, (32, 64)).astype(np.uint8)
     scales, offsets = (rng.uniform(0.5, 1, (32, 2)).astype(np.float32) for _ in range(2))
@@ -97,11 +98,11 @@ def test_offsets_are_tuned_by_what_a_group_spans():
     model = ap.nnx.QuantLinear.from_tensor(weight)
     x = batches(1)[0]
     tune(model, nnx.Linear(64, 32, rngs=nnx.Rngs(0)), Tuning([x], rate=1e-3))
-    found = numbers(model)
+    found, error = numbers(model), DISTORTION[2] ** 0.5
     moved = np.asarray(found["kernel/scales"]) - scales
-    np.testing.assert_allclose(np.abs(moved), 1e-3 * scales, rtol=1e-2)
+    np.testing.assert_allclose(np.abs(moved), 1e-3 * error * scales, rtol=1e-2)
     moved = np.asarray(found["kernel/offsets"]) - offsets
-    np.testing.assert_allclose(np.abs(moved), 3e-3 * scales, rtol=1e-2)
+    np.testing.assert_allclose(np.abs(moved), 3e-3 * error * scales, rtol=1e-2)
 
 
 def test_a_rate_of_0_changes_nothing():
@@ -128,7 +129,7 @@ def test_losses():
 
 def test_calibrations_tune_at_the_end_go_on_and_load(tmp_path):
     """What is kept, gone on with and loaded is, bit for bit, what is made at once."""
-    data, tuning = batches(4, 512), Tuning(rate=0.01)
+    data, tuning = batches(4, 512), Tuning(rate=0.03)
     plain = ap.calibrate_model(Model(), LOW, data).model
     at_once = ap.calibrate_model(Model(), LOW, data, tuning=tuning).model
     assert relative_error(at_once(data[0]), Model()(data[0])) < relative_error(
@@ -136,8 +137,8 @@ def test_calibrations_tune_at_the_end_go_on_and_load(tmp_path):
     )
 
     def stop(done, total):
-        assert total == 3 + 4
-        if done == 5:
+        assert total == 2 + 4
+        if done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -149,7 +150,7 @@ def test_calibrations_tune_at_the_end_go_on_and_load(tmp_path):
     for model in (*models, ap.calibrate.load_calibrated(Model(), tmp_path)):
         for a, b in zip(leaves(model), leaves(at_once), strict=True):
             np.testing.assert_array_equal(a, b)
-    for other in (None, Tuning(rate=0.02), Tuning(rate=0.01, batches=data[:2])):
+    for other in (None, Tuning(rate=0.02), Tuning(rate=0.03, batches=data[:2])):
         with pytest.raises(ValueError, match="other"):
             ap.calibrate_model(Model(), LOW, data, tuning=other, store=tmp_path)
     ap.save(tmp_path / "tuned.safetensors", {"norm/scale": jnp.ones(64)})

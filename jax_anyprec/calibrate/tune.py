@@ -9,11 +9,13 @@ float model's (the second phase of EfficientQAT, arXiv 2407.11062, with the floa
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -21,6 +23,7 @@ from .. import format as fmt
 from ..nnx.packed import Packed
 from ..nnx.references import references
 from ..tensor import QuantizedTensor
+from .allocate import DISTORTION
 from .blocks import Call, call_plainly
 
 FIELDS = ("scales", "offsets")
@@ -51,14 +54,15 @@ class Tuning:
       call: ``call(model, batch)`` gives what `loss` takes; None for ``model(batch)``.
       loss: from the outputs of the packed and of the float model to a scalar: `relative_error`,
         or `kl_divergence` for logits.
-      rate: the first step's. A step changes each number by about the rate times its size; of a
-        vector, times the root mean square of it. Rates fall to 0 along a cosine.
+      rate: the first step's. A step changes a number by about the rate times its size (of a
+        vector, its root mean square) times the error of rounded weights, as a part of them: coarse
+        weights are moved further. Rates fall to 0 along a cosine.
     """
 
     batches: Sequence[Any] | None = None
     call: Call | None = None
     loss: Difference = relative_error
-    rate: float = 1e-3
+    rate: float = 0.01
 
     def __post_init__(self) -> None:
         if self.batches is not None and not len(self.batches):
@@ -105,7 +109,7 @@ def tune(
 
     def loss_of(steps: Any, fixed: Any, wanted: Any, batch: Any) -> jax.Array:
         state, values, units = fixed
-        changed = nnx.merge(graph, state)
+        changed = nnx.merge(graph, state, copy=True)
         set_numbers(changed, moved(values, units, steps))
         return tuning.loss(run(changed, batch), wanted)
 
@@ -180,13 +184,19 @@ def _is_vector(value: Any) -> bool:
 
 
 def _units(model: nnx.Module) -> dict[str, jax.Array]:
-    """What a step of 1 adds to each number: a scale itself, and to an offset half of the range."""
+    """What a step of 1 adds to each number: its size, or to an offset half of its group's range.
+
+    That times the error of weights of so many bits, as a part of them; for vectors, of all weights.
+    """
     values = {path: value.astype(jnp.float32) for path, value in numbers(model).items()}
-    bits = {path: node.get_value().bits for path, node in _nodes(model) if isinstance(node, Packed)}
-    units = {path: jnp.sqrt(jnp.square(value).mean()) for path, value in values.items()}
-    for path, each in bits.items():
-        scales = values[f"{path}/scales"]
-        units[f"{path}/scales"] = scales
-        if f"{path}/offsets" in units:
-            units[f"{path}/offsets"] = scales * fmt.max_level(each)
+    tensors = {path: x.get_value() for path, x in _nodes(model) if isinstance(x, Packed)}
+    sizes = [math.prod(tensor.shape) for tensor in tensors.values()]
+    distortions = [DISTORTION[tensor.bits] for tensor in tensors.values()]
+    mean = math.sqrt(np.average(distortions, weights=sizes))
+    units = {path: mean * jnp.sqrt(jnp.square(value).mean()) for path, value in values.items()}
+    for path, tensor in tensors.items():
+        unit = math.sqrt(DISTORTION[tensor.bits]) * values[f"{path}/scales"]
+        units[f"{path}/scales"] = unit
+        if tensor.offsets is not None:
+            units[f"{path}/offsets"] = unit * fmt.max_level(tensor.bits)
     return units
