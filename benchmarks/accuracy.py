@@ -4,9 +4,10 @@
 
 The reference is the checkpoint's own weights in float, which were 4-bit (Q4_1, 5 bits a weight)
 before. All are calibrated on every other Wikipedia article, ggml's importance matrices too, and
-measured on the articles between. What is tuned is tuned on as many tokens again, of the former. Bits count planes, scales and offsets of the linear layers.
-Needs llama-cpp-python for ggml's types. Rows that the file of --json has already, of as many
-tokens, are kept, so a run that was stopped goes on where it was.
+measured on the articles between. What is tuned is tuned on as many tokens again, of the former.
+Bits count planes, scales and offsets of the linear layers. Needs llama-cpp-python for ggml's types.
+Rows that the file of --json has already, of as many tokens, are kept, so a run that was stopped
+goes on where it was.
 """
 
 from __future__ import annotations
