@@ -258,7 +258,7 @@ def _loss(found: Found, sensitivity: Sensitivity, quantization: Quantization) ->
     if rotation is not None:
         inputs = rotation.apply(rotation.apply(inputs).T)
     zeros = jnp.zeros(weights.shape[0])
-    moments = Moments(inputs, inputs, zeros, zeros, jnp.float32(jnp.inf))
+    moments = Moments(inputs, inputs, zeros, zeros, jnp.float32(jnp.inf), inputs, inputs)
     solution = solve(weights, moments, quantization, Method(sweeps=1, cross=0.0))
     return float(_weighted(solution.difference, inputs, sensitivity.outputs))
 

@@ -22,6 +22,7 @@ class Moments(NamedTuple):
       cross: ``float32[K, K]`` of ``x' f``.
       own_sum, reference_sum: ``float32[K]`` of x and of f.
       rows: ``float32[]``, how many.
+      half_own, half_cross: of half of the rows alone.
     """
 
     own: jax.Array
@@ -29,12 +30,14 @@ class Moments(NamedTuple):
     own_sum: jax.Array
     reference_sum: jax.Array
     rows: jax.Array
+    half_own: jax.Array
+    half_cross: jax.Array
 
     @classmethod
     def zeros(cls, k: int) -> Moments:
-        square, vector = jnp.zeros((k, k)), jnp.zeros(k)
-        # Not one array twice: they are donated.
-        return cls(square, square + 0, vector, vector + 0, jnp.zeros(()))
+        squares = [jnp.zeros((k, k)) for _ in range(4)]  # not one array twice: they are donated
+        sums = [jnp.zeros(k) for _ in range(2)]
+        return cls(*squares[:2], *sums, jnp.zeros(()), *squares[2:])
 
 
 @functools.partial(jax.jit, static_argnames="rotate", donate_argnums=0)
@@ -49,12 +52,17 @@ def add(moments: Moments, x: jax.Array, f: jax.Array, *, rotate: bool) -> Moment
         rotation = Rotation.for_size(x.shape[-1])
         x, f = rotation.apply(x), rotation.apply(f)
     x, f = _weighted(x, f)
+    # Neighbours are alike: the halves are the first rows and the last.
+    half = x.shape[0] // 2
+    half_own, half_cross = product(x[:half], x[:half]), product(x[:half], f[:half])
     return Moments(
-        moments.own + product(x, x),
-        moments.cross + product(x, f),
+        moments.own + half_own + product(x[half:], x[half:]),
+        moments.cross + half_cross + product(x[half:], f[half:]),
         moments.own_sum + x.sum(0),
         moments.reference_sum + f.sum(0),
         moments.rows + x.shape[0],
+        moments.half_own + half_own,
+        moments.half_cross + half_cross,
     )
 
 

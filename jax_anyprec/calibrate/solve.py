@@ -3,7 +3,7 @@
 With inputs f of the float model, x of the quantized one, and their second moments, the products
 ``f W`` are approached by ``x Q``. Of all real Q the best is ``T = W + (x'x)^-1 x'(f - x) W``, and
 others differ from it by ``tr((T - Q)' x'x (T - Q))`` (the asymmetric calibration of GPTAQ,
-arXiv 2504.02692, in closed form). `solve` lowers that in three steps: GPTQ (arXiv 2210.17323)
+arXiv 2504.02692, in closed form), of which what is chance is left out. `solve` lowers that in three steps: GPTQ (arXiv 2210.17323)
 rounds row after row and lets later rows make up for the errors of earlier ones; scales are refitted
 in closed form; each code is moved to its best value with all others fixed (coordinate descent, as
 in QuantEase, arXiv 2309.01885); the latter two several times over.
@@ -104,16 +104,48 @@ def _energy(moment: jax.Array, weights: jax.Array) -> jax.Array:
 
 def _problem(weights: jax.Array, moments: Moments, method: Method) -> tuple[jax.Array, jax.Array]:
     """The damped second moment of inputs, of mean 1 on its diagonal, and T."""
-    size = jnp.maximum(jnp.mean(jnp.diag(moments.own)), 1e-30)
-    # Fewer inputs say less of other inputs. Rows that no input reaches keep their weights.
-    damping = method.damping + weights.shape[0] / moments.rows
-    ridge = jnp.where(jnp.diag(moments.own) > 0, damping, 1.0)
-    moment = moments.own / size + jnp.diag(ridge)
+    moment = _damped(moments.own, moments.rows, method)
     if method.cross == 0:
         return moment, weights
-    difference = (moments.cross - moments.own) / size
-    shift = jax.scipy.linalg.solve(moment, difference @ weights, assume_a="pos")
-    return moment, weights + method.cross * shift
+    shift = _shift(moments.own, moments.cross, moments.rows, weights, method)
+    return moment, weights + method.cross * _lasting(weights, moments, method) * shift
+
+
+def _damped(own: jax.Array, rows: jax.Array, method: Method) -> jax.Array:
+    # Fewer inputs say less of other inputs. Rows that no input reaches keep their weights.
+    damping = method.damping + own.shape[0] / rows
+    return own / _size(own) + jnp.diag(jnp.where(jnp.diag(own) > 0, damping, 1.0))
+
+
+def _size(own: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.mean(jnp.diag(own)), 1e-30)
+
+
+def _shift(
+    own: jax.Array, cross: jax.Array, rows: jax.Array, weights: jax.Array, method: Method
+) -> jax.Array:
+    """T - W as these inputs show it."""
+    wanted = ((cross - own) / _size(own)) @ weights
+    return jax.scipy.linalg.solve(_damped(own, rows, method), wanted, assume_a="pos")
+
+
+def _lasting(weights: jax.Array, moments: Moments, method: Method) -> jax.Array:
+    """The part of T - W, 0 to 1, that inputs other than those that show it would show too.
+
+    It is fitted, so it follows chance as well. What half of the inputs show is tried on the other
+    half: a part `a` of it is best there, and 2 a / (1 + a) of what all show, as they halve chance.
+    """
+    halves = [
+        (moments.half_own, moments.half_cross),
+        (moments.own - moments.half_own, moments.cross - moments.half_cross),
+    ]
+    gain = size = jnp.float32(0)
+    for (own, cross), (other_own, other_cross) in (halves, halves[::-1]):
+        shift = _shift(own, cross, moments.rows / 2, weights, method)
+        gain += (shift * ((other_cross - other_own) @ weights)).sum()
+        size += _energy(other_own, shift)
+    part = jnp.clip(gain / size, 0, 1)
+    return 2 * part / (1 + part)
 
 
 @dataclasses.dataclass(frozen=True)
