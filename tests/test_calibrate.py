@@ -12,7 +12,7 @@ from flax import nnx
 import jax_anyprec as ap
 from jax_anyprec.calibrate.allocate import Choice, choose, path_of
 from jax_anyprec.calibrate.moments import Moments, add
-from jax_anyprec.calibrate.solve import Method, solve
+from jax_anyprec.calibrate.solve import Method, _problem, solve
 
 FLOAT = ap.Quantization(weights=3, activations=None, scale_dtype="float16")
 
@@ -96,6 +96,24 @@ def test_inputs_of_the_packed_model_are_made_up_for():
         return output_error(f, w, x, values(found, 4))
 
     assert error(1.0) < 0.5 * error(0.0)
+
+
+def test_chance_is_not_made_up_for():
+    """Inputs that differ by noise alone call for no other weights, and few of them seem to."""
+    rng = np.random.default_rng(4)
+    x, w = inputs(rng, 4096, 64), rng.normal(size=(64, 16)).astype(np.float32)
+    f = x + rng.normal(size=x.shape).astype(np.float32)
+    seen = slice(0, 200)
+
+    def on_others(cross):
+        method = Method(cross=cross)
+        found = solve(jnp.asarray(w), moments_of(x[seen], f[seen]), quantized(8, 64, 64), method)
+        return output_error(x[200:], w, x[200:], values(found, 8))
+
+    problem = _problem(jnp.asarray(w), moments_of(x[seen], f[seen]), Method())
+    fitted = np.linalg.lstsq(x[seen], f[seen] @ w, rcond=None)[0]
+    assert np.linalg.norm(problem[1] - w) < 0.2 * np.linalg.norm(fitted - w)
+    assert on_others(1.0) < 0.05
 
 
 def test_dead_and_constant_inputs():

@@ -3,10 +3,10 @@
 With inputs f of the float model, x of the quantized one, and their second moments, the products
 ``f W`` are approached by ``x Q``. Of all real Q the best is ``T = W + (x'x)^-1 x'(f - x) W``, and
 others differ from it by ``tr((T - Q)' x'x (T - Q))`` (the asymmetric calibration of GPTAQ,
-arXiv 2504.02692, in closed form), of which what is chance is left out. `solve` lowers that in three steps: GPTQ (arXiv 2210.17323)
-rounds row after row and lets later rows make up for the errors of earlier ones; scales are refitted
-in closed form; each code is moved to its best value with all others fixed (coordinate descent, as
-in QuantEase, arXiv 2309.01885); the latter two several times over.
+arXiv 2504.02692, in closed form); of T - W what chance adds is taken off. `solve` lowers that in
+three steps: GPTQ (arXiv 2210.17323) rounds row after row and lets later rows make up for the errors
+of earlier ones; scales are refitted in closed form; each code is moved to its best value with all
+others fixed (coordinate descent, as in QuantEase, arXiv 2309.01885); the latter two several times.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Method:
         over the number of inputs.
       sweeps: times that scales are refitted and all codes improved.
       cross: how much of the difference between the float model's inputs and the quantized model's
-        is made up for, 0 to 1; nothing of it where activations have fewer than 8 bits.
+        is made up for, 0 to 1, of what outlasts chance; nothing of it where activations have fewer
+        than 8 bits.
       correct_bias: whether biases make up for the mean error of outputs.
     """
 
