@@ -35,9 +35,12 @@ class Moments(NamedTuple):
 
     @classmethod
     def zeros(cls, k: int) -> Moments:
-        squares = [jnp.zeros((k, k)) for _ in range(4)]  # not one array twice: they are donated
-        sums = [jnp.zeros(k) for _ in range(2)]
-        return cls(*squares[:2], *sums, jnp.zeros(()), *squares[2:])
+
+        def zeros(*shape: int) -> jax.Array:
+            return jnp.zeros(shape)  # not one array twice: they are donated
+
+        sums = zeros(k), zeros(k), zeros()
+        return cls(zeros(k, k), zeros(k, k), *sums, zeros(k, k), zeros(k, k))
 
 
 @functools.partial(jax.jit, static_argnames="rotate", donate_argnums=0)

@@ -56,7 +56,7 @@ class Tuning:
         or `kl_divergence` for logits.
       rate: the first step's. A step changes a number by about the rate times its size (of a
         vector, its root mean square) times the error of rounded weights, as a part of them: coarse
-        weights are moved further. Rates fall to 0 along a cosine.
+        weights are moved further, vectors of zeros not at all. Rates fall to 0 along a cosine.
     """
 
     batches: Sequence[Any] | None = None
@@ -102,10 +102,13 @@ def tune(
     exact_graph, exact_state = nnx.split(reference)
     optimizer = optax.adam(optax.cosine_decay_schedule(tuning.rate, len(batches)))
 
+    scales = {f"{path}/scales" for path, node in _nodes(model) if isinstance(node, Packed)}
+
     def moved(values: Any, units: Any, steps: Any) -> Any:
-        return {
-            path: values[path].astype(jnp.float32) + steps[path] * units[path] for path in steps
-        }
+        """Numbers as the model holds them; what is less than their dtypes show is in the steps."""
+        new = {p: values[p].astype(jnp.float32) + steps[p] * units[p] for p in steps}
+        new |= {path: jnp.maximum(new[path], 0) for path in scales}
+        return {path: new[path].astype(values[path].dtype) for path in steps}
 
     def loss_of(steps: Any, fixed: Any, wanted: Any, batch: Any) -> jax.Array:
         state, values, units = fixed
@@ -129,8 +132,7 @@ def tune(
             raise ValueError(f"Tuning.loss must be finite, got {losses[-1]} for batch {i}")
         if progress is not None:
             progress(i + 1, len(batches))
-    found = moved(values, units, steps)
-    set_numbers(model, {path: found[path].astype(values[path].dtype) for path in found})
+    set_numbers(model, moved(values, units, steps))
     return losses
 
 
@@ -162,7 +164,9 @@ def set_numbers(model: nnx.Module, values: Mapping[str, jax.Array]) -> None:
     for path, node in _nodes(model):
         if isinstance(node, Packed):
             tensor: QuantizedTensor = node.get_value()
-            new = {f: values[f"{path}/{f}"] for f in FIELDS if getattr(tensor, f) is not None}
+            new: dict[str, Any] = {
+                f: values[f"{path}/{f}"] for f in FIELDS if getattr(tensor, f) is not None
+            }
             if tensor.prepared:
                 new = {field: fmt.tile_groups(value) for field, value in new.items()}
             node.set_value(dataclasses.replace(tensor, **new))
