@@ -386,7 +386,7 @@ def test_a_missing_wait_would_be_found(
 
 @pytest.mark.parametrize(
     ("source", "tile", "splits"),
-    [("codes", "narrow", 1), ("stream", "stream", 1), ("prologue", "narrow", 2)],
+    [("codes", "narrow", 1), ("stream_codes", "stream", 1), ("prologue", "narrow", 2)],
 )
 def test_a_launch_that_does_not_wait_would_be_found(
     source: str, tile: str, splits: int, monkeypatch: pytest.MonkeyPatch
@@ -412,7 +412,7 @@ def test_a_missing_barrier_of_a_cluster_would_be_found(
             text = text[: found.start()] + text[found.end() :]
         return text
 
-    replace_text(monkeypatch, "stream", without)
+    replace_text(monkeypatch, "stream_codes", without)
     with pytest.raises((ptx.ClusterHazard, ptx.SharedHazard)):
         check_floats(Shape(3, 37, 2048, 2048), 8, 2, "codes", "stream", splits=2, clustered=True)
 

@@ -20,13 +20,18 @@
   FAMILY(X, 1) FAMILY(X, 2) FAMILY(X, 3) FAMILY(X, 4) FAMILY(X, 5) FAMILY(X, 6) FAMILY(X, 7) \
   FAMILY(X, 8)
 
-// Defines the kernel of a line.
+// Define the kernel of a line.
 #define ANYPREC_DEFINE_GEMM(name, method, bits, tile)                                         \
   extern "C" __global__ void __launch_bounds__(                                               \
       anyprec::cuda::tile_shape(anyprec::cuda::Method::method, bits,                          \
                                 anyprec::cuda::Tile::tile).threads(), 1)                      \
       name(const __grid_constant__ anyprec::cuda::Gemm p) {                                   \
     anyprec::cuda::gemm<anyprec::cuda::Method::method, bits, anyprec::cuda::Tile::tile>(p);   \
+  }
+#define ANYPREC_DEFINE_STREAM(name, method, bits, tiles)                                      \
+  extern "C" __global__ void __launch_bounds__(32 * anyprec::cuda::kStreamWarps, 2)            \
+      name(const __grid_constant__ anyprec::cuda::Stream p) {                                  \
+    anyprec::cuda::stream<anyprec::cuda::Method::method, bits, tiles>(p);                      \
   }
 
 // Calls X(name, output, given) for each kernel that lays activations out: floats, or given codes.

@@ -5,6 +5,8 @@
 // launched before, blocks can quantize a single row themselves, while first weights are on the way.
 #pragma once
 
+#include <type_traits>
+
 #include "gemm.cuh"
 #include "prologue.cuh"
 
@@ -238,7 +240,7 @@ __device__ inline Gemm quantize_here(const Stream& p, uint8_t* shared) {
   return gemm;
 }
 
-template <Method kMethod, int kBits, int kTiles, template <int, int, int> typename EngineOf>
+template <Method kMethod, int kBits, int kTiles>
 __device__ inline void stream(const Stream& p) {
   using Config = StreamConfig<kMethod, kBits, kTiles>;
   constexpr int kStrips = Config::kShape.strips, kSlices = Config::kShape.slices;
@@ -263,7 +265,8 @@ __device__ inline void stream(const Stream& p) {
 
   constexpr int kBlockWords = block_words(kMethod);
   bool counted = kMethod == Method::kCodes && counts_from_bits<kBits>(gemm);
-  using Engine = EngineOf<kBits, kStrips, kSlices>;
+  using Engine = std::conditional_t<kMethod == Method::kCodes, CodesEngine<kBits, kStrips, kSlices>,
+                                    FloatEngine<kBits, kStrips, kSlices>>;
   using Value = typename Engine::Value;
   Engine engine;
   fill(engine.t, counted ? static_cast<Value>(kCountedBits) : Value{0});
