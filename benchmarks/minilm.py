@@ -20,7 +20,9 @@ import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import stats
@@ -28,7 +30,7 @@ from scipy import stats
 import jax_anyprec as ap
 from jax_anyprec import fetch
 from jax_anyprec.models import Quantization, SentenceEncoder, load_sentence_encoder, weight_bytes
-from jax_anyprec.models.calibration import batches_of
+from jax_anyprec.models.calibration import batches_of, split
 from jax_anyprec.models.evaluate import choose_windows
 from jax_anyprec.models.wikipedia import read_articles
 
@@ -37,7 +39,7 @@ from .report import Row, rows_of, table, write_json
 
 GROUP = 32
 TOKENS, CONTEXT = 32768, 64
-"""Of text to calibrate on, and of a window of it, about as long as the sentences to embed."""
+"""Of text to calibrate on and again to tune on, and of a window, as long as sentences to embed."""
 
 COMPARED = {
     "mean_cosine": "mean cosine",
@@ -122,7 +124,8 @@ def calibrations() -> Iterator[tuple[str, Quantization]]:
             rotate=True,
             scale_dtype="float16",
         )
-        yield f"W{weights}A{activations}, groups of {size}, rotated, calibrated", quantization
+        name = f"W{weights}A{activations}, groups of {size}, rotated, calibrated, tuned"
+        yield name, quantization
 
 
 def load(quantization: Quantization | None) -> SentenceEncoder:
@@ -131,13 +134,19 @@ def load(quantization: Quantization | None) -> SentenceEncoder:
 
 
 def calibrate(quantization: Quantization) -> SentenceEncoder:
-    """The encoder with all linear layers calibrated."""
+    """The encoder with all linear layers calibrated, and tuned on other windows."""
+
+    def call(model: Any, tokens: jax.Array) -> jax.Array:
+        return model(tokens, jnp.ones(tokens.shape, bool))
+
     encoder = load(None)
+    data, others = split(windows(encoder), TOKENS)
     report = ap.calibrate_model(
         encoder.model,
         [("**", quantization)],
-        batches_of(windows(encoder), 64),
-        call=lambda model, tokens: model(tokens, jnp.ones(tokens.shape, bool)),
+        batches_of(data, 64),
+        call=call,
+        tuning=ap.calibrate.Tuning(batches_of(others, 16), call=call),
     )
     return SentenceEncoder(report.model, encoder.tokenizer, max_tokens=encoder.max_tokens)
 
@@ -161,12 +170,12 @@ def rounded_by_qwix(weights: int, activations: int) -> SentenceEncoder:
 
 
 def windows(encoder: SentenceEncoder) -> np.ndarray:
-    """Text to calibrate on ``int32[windows, CONTEXT]``, each begun and ended as a sentence."""
+    """Text to calibrate and tune on ``int32[windows, CONTEXT]``, each in a sentence's marks."""
     begin, end = encoder.tokenizer.encode("")
     articles = read_articles(fetch.fetch("wikipedia"))
     ids = [encoder.tokenizer.encode(article.text)[1:-1] for article in articles]
     text = list(itertools.chain.from_iterable(ids))
-    chosen = choose_windows(text, TOKENS, CONTEXT - 2)
+    chosen = choose_windows(text, 2 * TOKENS * (CONTEXT - 2) // CONTEXT, CONTEXT - 2)
     return np.pad(chosen, ((0, 0), (1, 1)), constant_values=((0, 0), (begin, end)))
 
 
