@@ -167,16 +167,19 @@ def ablation(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
     yield "not rotated, all of it", functools.partial(calibrated, method=method(), rotate=False)
 
 
-def activations(data: np.ndarray, _: np.ndarray, method: str = "") -> Iterator[tuple[str, Any]]:
+def activations(
+    data: np.ndarray, others: np.ndarray, method: str = ""
+) -> Iterator[tuple[str, Any]]:
     """Rotated activations beside weights of 8 bits.
 
-    All is rounded to nearest, after channels were smoothed, or calibrated, which smooths too.
+    All is rounded to nearest, after channels were smoothed, or calibrated, which smooths too, and
+    tuned.
     """
 
     def prepare(model: Any, bits: int | None, scales: Any) -> None:
         rules = default_rules(model, 8, activations=bits, act_scales=scales)
         if method == "calibrated":
-            calibrate_decoder(model, data, rules)
+            calibrate_decoder(model, data, rules, tuning=decoder_tuning(others))
             return
         if method == "smoothed":
             smooth_decoder(model, data)

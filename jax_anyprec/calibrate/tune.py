@@ -21,7 +21,7 @@ from flax import nnx
 
 from .. import format as fmt
 from ..nnx.packed import Packed
-from ..nnx.references import references
+from ..nnx.references import Reference, references
 from ..tensor import QuantizedTensor
 from .allocate import DISTORTION
 from .blocks import Call, call_plainly
@@ -55,8 +55,8 @@ class Tuning:
       loss: from the outputs of the packed and of the float model to a scalar: `relative_error`,
         or `kl_divergence` for logits.
       rate: the first step's. A step changes a number by about the rate times its size (of a
-        vector, its root mean square) times the error of rounded weights, as a part of them: coarse
-        weights are moved further, vectors of zeros not at all. Rates fall to 0 along a cosine.
+        vector, its root mean square) times the error of packed products, as a part of them: numbers
+        of coarse layers move further, vectors of zeros not at all. Rates fall to 0 along a cosine.
     """
 
     batches: Sequence[Any] | None = None
@@ -190,17 +190,29 @@ def _is_vector(value: Any) -> bool:
 def _units(model: nnx.Module) -> dict[str, jax.Array]:
     """What a step of 1 adds to each number: its size, or to an offset half of its group's range.
 
-    That times the error of weights of so many bits, as a part of them; for vectors, of all weights.
+    That times the error of the layer's products, as a part of them; for vectors, of all layers'.
     """
     values = {path: value.astype(jnp.float32) for path, value in numbers(model).items()}
-    tensors = {path: x.get_value() for path, x in _nodes(model) if isinstance(x, Packed)}
+    packed = {x.path: x for x in references(model) if isinstance(x.node, Packed)}
+    tensors = {path: _tensor(each) for path, each in packed.items()}
+    errors = {path: _squared_error(each) for path, each in packed.items()}
     sizes = [math.prod(tensor.shape) for tensor in tensors.values()]
-    distortions = [DISTORTION[tensor.bits] for tensor in tensors.values()]
-    mean = math.sqrt(np.average(distortions, weights=sizes))
+    mean = math.sqrt(np.average(list(errors.values()), weights=sizes))
     units = {path: mean * jnp.sqrt(jnp.square(value).mean()) for path, value in values.items()}
     for path, tensor in tensors.items():
-        unit = math.sqrt(DISTORTION[tensor.bits]) * values[f"{path}/scales"]
+        unit = math.sqrt(errors[path]) * values[f"{path}/scales"]
         units[f"{path}/scales"] = unit
         if tensor.offsets is not None:
             units[f"{path}/offsets"] = unit * fmt.max_level(tensor.bits)
     return units
+
+
+def _tensor(packed: Reference) -> QuantizedTensor:
+    variable: Any = packed.node
+    return variable.get_value()
+
+
+def _squared_error(packed: Reference) -> float:
+    """Of products of a packed weight, as a part of their squares: of weights and of activations."""
+    bits = (_tensor(packed).bits, getattr(packed.parent, "activations", None))
+    return sum(DISTORTION[each] for each in bits if each is not None)
