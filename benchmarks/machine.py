@@ -44,13 +44,18 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of this folder; empty without a repository, or without git."""
-    command = ["git", "describe", "--always", "--dirty"]
+    """The commit of this folder, dirty if other files than results differ; empty without git."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found, changed = (
+            subprocess.run(["git", *command], capture_output=True, text=True, check=False)
+            for command in (
+                ["describe", "--always"],
+                ["status", "--porcelain", "-uno", ".", ":!benchmarks/results"],
+            )
+        )
     except FileNotFoundError:
         return ""
-    return done.stdout.strip()
+    return found.stdout.strip() + "-dirty" * bool(changed.stdout)
 
 
 def last_level_cache() -> int:
