@@ -472,9 +472,9 @@ def quantize_command(
     """Calibrate a decoder's weights on text, and keep them in the folder OUTPUT.
 
     Weights are rotated, and rounded so that each layer's outputs change least, on what the packed
-    layers before it give. The text is every other Wikipedia article of 'fetch wikipedia'. What is
-    in OUTPUT already, of the same command, is gone on with. 'generate' and 'eval' take the folder
-    with --calibrated, beside the same --model.
+    layers before it give; then scales and norms of all are tuned together. The text is every other
+    Wikipedia article of 'fetch wikipedia'. What is in OUTPUT already, of the same command, is gone
+    on with. 'generate' and 'eval' take the folder with --calibrated, beside the same --model.
 
     \b
     Examples:
@@ -484,6 +484,8 @@ def quantize_command(
     """
     if bits is not None and budget is not None:
         raise click.UsageError("--bits and --budget say the same in two ways; give one of them.")
+    if 0 < tune < context:
+        raise click.UsageError(f"--tune must be 0 or at least a window of {context}, got {tune}.")
     path = model or find_file("smollm2")
     started = time.perf_counter()
     with clear_errors():
@@ -498,8 +500,8 @@ def quantize_command(
         )
 
         loaded = _load(path, None, "Loading the float model")
-        # Whole windows of each.
-        total = tokens // context * context + tune // context * context
+        tune -= tune % context  # whole windows
+        total = tokens - tokens % context + tune
         windows, others = split(_windows(loaded, total, context, calibration_part), tune)
         rules: Any = default_rules(
             loaded.model,

@@ -296,6 +296,10 @@ def test_quantize_by_a_budget(tmp_path):
     assert "budget must be at least" in few.stderr
     both = run("quantize", tmp_path / "both", "--budget", 3, "--bits", 2, code=2)
     assert "give one of them" in both.stderr
+    short = run("quantize", tmp_path / "few", "--tune", 3, *options[4:], code=2)
+    assert "--tune must be 0 or at least a window of 64, got 3" in short.stderr
+    none = run("quantize", tmp_path / "few", "--tokens", 3, "--tune", 128, *options[4:], code=1)
+    assert "tokens must be at least one context of 64 besides 128" in none.stderr
 
 
 @pytest.mark.parametrize("command", [None, *cli.cli.commands])
