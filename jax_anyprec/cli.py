@@ -443,7 +443,7 @@ def evaluate(
     type=click.IntRange(1),
     default=65536,
     show_default=True,
-    help="Tokens of text to calibrate on, in whole windows.",
+    help="Tokens of text that is taken, in whole windows.",
 )
 @click.option(
     "--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a window."
@@ -453,8 +453,8 @@ def evaluate(
     type=click.IntRange(0),
     default=16384,
     show_default=True,
-    help="Tokens besides those, on which scales and norms of all layers are tuned together at the "
-    "end, by gradients; 0 leaves that out.",
+    help="How many of the tokens are not calibrated on but kept for the end, to tune scales and "
+    "norms of all layers together by gradients; 0 leaves that out.",
 )
 @json_option
 def quantize_command(
@@ -500,9 +500,7 @@ def quantize_command(
         )
 
         loaded = _load(path, None, "Loading the float model")
-        tune -= tune % context  # whole windows
-        total = tokens - tokens % context + tune
-        windows, others = split(_windows(loaded, total, context, calibration_part), tune)
+        windows, others = split(_windows(loaded, tokens, context, calibration_part), tune)
         rules: Any = default_rules(
             loaded.model,
             bits or 4,
@@ -520,7 +518,7 @@ def quantize_command(
             )
     facts = {
         "model": loaded.name,
-        "tokens": int(windows.size),
+        "tokens": int(windows.size + others.size),
         "seconds": time.perf_counter() - started,
         "bits_per_linear_weight": weight_bytes(loaded.model).bits_per_linear_weight,
         "layers": done.rows(),

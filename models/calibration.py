@@ -88,12 +88,13 @@ def split(windows: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       ValueError: none is left to calibrate on.
     """
-    if windows.size - tokens < windows.shape[1]:
+    count, context = tokens // windows.shape[1], windows.shape[1]
+    if count >= len(windows):
         raise ValueError(
-            f"tokens must be at least one context of {windows.shape[1]} besides {tokens} to tune "
-            f"on, got {windows.size} for both"
+            f"{tokens} of {windows.size} tokens to tune on leave no window of {context} to "
+            "calibrate on"
         )
-    last = np.linspace(0, len(windows), tokens // windows.shape[1] + 1)[1:].astype(int) - 1
+    last = np.linspace(0, len(windows), count + 1)[1:].astype(int) - 1
     tuned = np.isin(np.arange(len(windows)), last)
     return windows[~tuned], windows[tuned]
 

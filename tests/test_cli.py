@@ -298,8 +298,8 @@ def test_quantize_by_a_budget(tmp_path):
     assert "give one of them" in both.stderr
     short = run("quantize", tmp_path / "few", "--tune", 3, *options[4:], code=2)
     assert "--tune must be 0 or at least a window of 64, got 3" in short.stderr
-    none = run("quantize", tmp_path / "few", "--tokens", 3, "--tune", 128, *options[4:], code=1)
-    assert "tokens must be at least one context of 64 besides 128" in none.stderr
+    none = run("quantize", tmp_path / "few", "--tokens", 128, "--tune", 128, *options[4:], code=1)
+    assert "128 of 128 tokens to tune on leave no window of 64 to calibrate on" in none.stderr
 
 
 @pytest.mark.parametrize("command", [None, *cli.cli.commands])
