@@ -36,8 +36,10 @@ def module(source: str, arch: int) -> ptx.Module:
 
 def source_of(kernel: str) -> str:
     """The file that defines a kernel, without its suffix."""
-    _, family, *rest = kernel.split("_")
-    return {"reduce": "prologue", "stream": "_".join((family, *rest[:1]))}.get(family, family)
+    family, *rest = kernel.split("_")[1:]
+    if family == "stream":
+        return f"stream_{rest[0]}"
+    return "prologue" if family == "reduce" else family
 
 
 def run(launches: list[dict[str, Any]], memory: ptx.Memory, arch: int) -> None:

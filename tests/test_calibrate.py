@@ -105,15 +105,12 @@ def test_chance_is_not_made_up_for():
     f = x + rng.normal(size=x.shape).astype(np.float32)
     seen = slice(0, 200)
 
-    def on_others(cross):
-        method = Method(cross=cross)
-        found = solve(jnp.asarray(w), moments_of(x[seen], f[seen]), quantized(8, 64, 64), method)
-        return output_error(x[200:], w, x[200:], values(found, 8))
-
-    problem = _problem(jnp.asarray(w), moments_of(x[seen], f[seen]), Method())
+    moments, method = moments_of(x[seen], f[seen]), Method(cross=1.0)
+    found = solve(jnp.asarray(w), moments, quantized(8, 64, 64), method)
+    problem = _problem(jnp.asarray(w), moments, Method())
     fitted = np.linalg.lstsq(x[seen], f[seen] @ w, rcond=None)[0]
     assert np.linalg.norm(problem[1] - w) < 0.2 * np.linalg.norm(fitted - w)
-    assert on_others(1.0) < 0.05
+    assert output_error(x[200:], w, x[200:], values(found, 8)) < 0.05
 
 
 def test_dead_and_constant_inputs():

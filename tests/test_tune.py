@@ -156,6 +156,8 @@ def test_calibrations_tune_at_the_end_go_on_and_load(tmp_path):
     ap.save(tmp_path / "tuned.safetensors", {"norm/scale": jnp.ones(64)})
     with pytest.raises(ap.CheckpointError, match="of another model"):
         ap.calibrate.load_calibrated(Model(), tmp_path)
+    with pytest.raises(ap.CheckpointError, match="of another model"):
+        ap.calibrate_model(Model(), LOW, data, tuning=tuning, store=tmp_path)
 
 
 def test_bad_input():

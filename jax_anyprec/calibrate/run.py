@@ -27,8 +27,8 @@ from .observe import Run, input_of, inputs_of, order
 from .report import CalibratedLayer
 from .smooth import Link, smooth
 from .solve import Method, solve
-from .store import Part, Store, put
-from .tune import Tuning, numbers, set_numbers, tune
+from .store import Part, Store, put, put_tuned
+from .tune import Tuning, numbers, tune
 
 LEAST_ROWS = 8
 """A weight of K rows is calibrated on at least K / LEAST_ROWS inputs; damping does the rest."""
@@ -82,10 +82,11 @@ class Calibration:
         self.done: list[CalibratedLayer] = []
         self.model, self.batches, self.method = model, batches, method
         self.call, self.progress, self.total = call, progress, len(self.todo)
-        if tuning is not None and tuning.batches is None:
-            tuning = dataclasses.replace(tuning, batches=batches)
+        if tuning is not None:
+            steps = batches if tuning.batches is None else tuning.batches
+            tuning = dataclasses.replace(tuning, batches=steps)
+            self.total += len(steps)
         self.tuning = tuning
-        self.total += 0 if tuning is None else len(tuning.batches or ())
         self._store = None if store is None else Store(store, self._key(links))
         if links:
             self._smooth(links)
@@ -137,8 +138,8 @@ class Calibration:
     def _tune(self, tuning: Tuning) -> None:
         """Tune all layers together, or take that from the store."""
         found = None if self._store is None else self._store.tuned
-        if found is not None:
-            set_numbers(self.model, found)
+        if self._store is not None and found is not None:
+            put_tuned(self.model, found, str(self._store.path))
             self.progress(self.total, self.total)
             return
         layers = len(self.done)

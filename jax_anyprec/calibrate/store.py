@@ -120,7 +120,7 @@ def load_calibrated(model: nnx.Module, path: str | os.PathLike[str]) -> nnx.Modu
         part = _read_part(path, entry)
         model = put(model, part, str(path))
     if (path / TUNED).exists():
-        _set_tuned(model, load(path / TUNED), str(path))
+        put_tuned(model, load(path / TUNED), str(path))
     return model
 
 
@@ -139,6 +139,14 @@ def put(model: nnx.Module, part: Part, source: str) -> nnx.Module:
     return model
 
 
+def put_tuned(model: nnx.Module, values: Mapping[str, Any], source: str) -> None:
+    """Put tuned numbers in their places in a model whose layers are packed."""
+    shapes = {name: value.shape for name, value in numbers(model).items()}
+    if shapes != {name: value.shape for name, value in values.items()}:
+        raise CheckpointError(f"{source} is of another model: {TUNED} has numbers of others")
+    set_numbers(model, values)
+
+
 def _set_variables(model: nnx.Module, values: Mapping[str, Any], source: str) -> None:
     modules: dict[str, Any] = {reference.path: reference.node for reference in references(model)}
     for path, value in values.items():
@@ -147,13 +155,6 @@ def _set_variables(model: nnx.Module, values: Mapping[str, Any], source: str) ->
         if not isinstance(variable, nnx.Variable) or variable.shape != value.shape:
             raise CheckpointError(f"{source} is of another model: {path!r} differs")
         variable.set_value(value)
-
-
-def _set_tuned(model: nnx.Module, values: Mapping[str, Any], source: str) -> None:
-    shapes = {name: value.shape for name, value in numbers(model).items()}
-    if shapes != {name: value.shape for name, value in values.items()}:
-        raise CheckpointError(f"{source} is of another model: {TUNED} has numbers of others")
-    set_numbers(model, values)
 
 
 def _new_index(key: str) -> dict[str, Any]:

@@ -94,15 +94,14 @@ def tune(
       ValueError: no layer is packed, there are no batches, or a loss is not finite; the model is
         as it was then.
     """
-    batches, run = list(tuning.batches or ()), tuning.call or call_plainly
-    if not batches:
+    batches, run = tuning.batches, tuning.call or call_plainly
+    if batches is None:
         raise ValueError("Tuning.batches must hold at least one batch, got none")
     values, units = numbers(model), _units(model)
     graph, state = nnx.split(model)
     exact_graph, exact_state = nnx.split(reference)
     optimizer = optax.adam(optax.cosine_decay_schedule(tuning.rate, len(batches)))
-
-    scales = {f"{path}/scales" for path, node in _nodes(model) if isinstance(node, Packed)}
+    scales = [f"{path}/scales" for path in _packed(model)]
 
     def moved(values: Any, units: Any, steps: Any) -> Any:
         """Numbers as the model holds them; what is less than their dtypes show is in the steps."""
@@ -144,18 +143,16 @@ def numbers(model: nnx.Module) -> dict[str, jax.Array]:
     Raises:
       ValueError: no layer is packed.
     """
+    if not _packed(model):
+        raise ValueError("model must have packed layers, got none")
     found: dict[str, jax.Array] = {}
-    packed = False
     for path, node in _nodes(model):
         if isinstance(node, Packed):
-            packed = True
             tensor: QuantizedTensor = node.get_value()
             fields = {field: _restored(tensor, field) for field in FIELDS}
             found |= {f"{path}/{f}": value for f, value in fields.items() if value is not None}
         elif isinstance(node, nnx.Param) and _is_vector(node.get_value()):
             found[path] = node.get_value()
-    if not packed:
-        raise ValueError("model must have packed layers, got none")
     return found
 
 
@@ -178,6 +175,10 @@ def _nodes(model: nnx.Module) -> list[tuple[str, Any]]:
     return [(reference.path, reference.node) for reference in references(model)]
 
 
+def _packed(model: nnx.Module) -> dict[str, Reference]:
+    return {x.path: x for x in references(model) if isinstance(x.node, Packed)}
+
+
 def _restored(tensor: QuantizedTensor, field: str) -> jax.Array | None:
     value, n = getattr(tensor, field), tensor.columns
     return value if value is None or n is None else fmt.untile_groups(value, n)
@@ -193,7 +194,7 @@ def _units(model: nnx.Module) -> dict[str, jax.Array]:
     That times the error of the layer's products, as a part of them; for vectors, of all layers'.
     """
     values = {path: value.astype(jnp.float32) for path, value in numbers(model).items()}
-    packed = {x.path: x for x in references(model) if isinstance(x.node, Packed)}
+    packed = _packed(model)
     tensors = {path: _tensor(each) for path, each in packed.items()}
     errors = {path: _squared_error(each) for path, each in packed.items()}
     sizes = [math.prod(tensor.shape) for tensor in tensors.values()]
