@@ -31,12 +31,13 @@ struct Factors {
       if (p.offsets == nullptr) offsets[i][j] = -scales[i][j] * max_level(kBits);
       scales[i][j] *= 2;
     });
-    int act_group = p.act_groups == 1 ? 0 : group;
+    const float* row_scales = p.act_scales + int64_t{p.act_groups == 1 ? 0 : group} * p.m;
+    const auto* row_sums = static_cast<const int32_t*>(p.act_sums) + int64_t{group} * p.m;
     for_all(act_scales, [&](int i, int j) {
       int m = stored_row(p, at, i, j);
-      act_scales[i][j] = p.act_scales[int64_t{act_group} * p.m + m];
-      int32_t sum = static_cast<const int32_t*>(p.act_sums)[int64_t{group} * p.m + m];
-      act_sums[i][j] = with_sums ? act_scales[i][j] * static_cast<float>(sum) : 0.0f;
+      act_scales[i][j] = row_scales[m];
+      float sum = static_cast<float>(row_sums[m]);
+      act_sums[i][j] = with_sums ? act_scales[i][j] * sum : 0.0f;
     });
   }
 
@@ -115,9 +116,9 @@ __device__ inline void store(const Gemm& p, const Place& at, const Value& value)
     if (count <= 0) continue;
     float bias[2] = {};
     if (whole && p.bias != nullptr) {
-      with_dtype(p.bias_dtype, p.bias, [&](auto* b) {
-        bias[0] = to_float(b[n]);
-        bias[1] = count == 2 ? to_float(b[n + 1]) : 0.0f;
+      with_values(p.bias_dtype, p.bias, [&](auto* b, bool half) {
+        bias[0] = to_float(b[n], half);
+        bias[1] = count == 2 ? to_float(b[n + 1], half) : 0.0f;
       });
     }
 #pragma unroll

@@ -248,10 +248,14 @@ __device__ inline void end_group(const Gemm& p, const Place& at, int group, bool
       store_integers<Config::kBits, kStrips, kSlices>(
           p, at, group, act_unit(p.act_bits),
           [&](int i, int s, int c) { return t[i][s][c] - zero; });
-    } else if (counted) {
-      add([](int32_t x) { return __int_as_float(x) - kCountedFrom; });
     } else {
-      add([](int32_t x) { return static_cast<float>(x); });
+      if (!counted) {
+        for_sums<kStrips, kSlices>([&](int i, int s, int c) {
+          t[i][s][c] = __float_as_int(static_cast<float>(t[i][s][c]));
+        });
+      }
+      float from = counted ? kCountedFrom : 0.0f;
+      add([from](int32_t x) { return __int_as_float(x) - from; });
     }
     fill(t, zero);
   }

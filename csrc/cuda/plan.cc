@@ -169,7 +169,7 @@ bool is_stream(Method method, const Problem& p) {
 }
 
 bool can_quantize(Method method, const Problem& p) {
-  if (!is_stream(method, p) || p.m != 1) return false;
+  if (!is_stream(method, p) || p.m != 1 || p.k % kValues != 0) return false;
   int64_t row = quantized_row_bytes(layout_of(method, p), p.k, group_count(p.k, p.act_group_size),
                                     group_count(p.k, p.group_size));
   return row <= kSharedBytes / 3;  // the rest is for stages

@@ -46,7 +46,8 @@ Plan make_plan(const Problem& problem, const Device& device, const std::string& 
 // Whether reading the weights is all that takes time: then kStream can be used.
 bool is_stream(Method method, const Problem& problem);
 
-// Whether each block of a product of few rows can quantize them: a single row that fits.
+// Whether each block of a product of few rows can quantize them: a single row that fits, of a multiple
+// of kValues.
 bool can_quantize(Method method, const Problem& problem);
 constexpr int kMostCluster = 8;  // blocks, on all chips
 

@@ -34,6 +34,9 @@ constexpr int float_parts(DType x, bool rotated) {
   return x == DType::kF16 ? 2 : 1;
 }
 
+// Neighbouring values of a row that a lane reads, at once if rows are a multiple of them.
+constexpr int kValues = 8;
+
 // The longest group whose sums of a signed and an unsigned byte fit int32.
 constexpr int64_t kMaxGroup = 65536;
 

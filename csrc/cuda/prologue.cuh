@@ -239,8 +239,9 @@ __device__ inline void find_largest(const Prologue& p, int first, int lane, cons
   }
 }
 
-// Lays out one row. `pieces` are words(k) floats of shared memory.
-template <Output kOutput, bool kGiven>
+// Lays out one row. `pieces` are words(k) floats of shared memory. With `kEight` k must be a multiple
+// of eight.
+template <Output kOutput, bool kGiven, bool kEight>
 __device__ inline void lay_out_row(const Prologue& p, int row, float* pieces) {
   int lane = threadIdx.x % 32, step = blockDim.x / 32 * kChunk;
   int mine = threadIdx.x / 32 * kChunk;
@@ -249,7 +250,7 @@ __device__ inline void lay_out_row(const Prologue& p, int row, float* pieces) {
   constexpr bool kFused = is_fused(kOutput) && !kGiven;
   float root = 1;
   if constexpr (kFused) {
-    if (p.before == Before::kRmsNorm) root = inverse_rms(p, row, pieces);
+    if (p.before == Before::kRmsNorm) root = inverse_rms<kEight>(p, row, pieces);
   }
   Chunk v;
   int held = -1;  // first index of the chunk in v
@@ -258,7 +259,7 @@ __device__ inline void lay_out_row(const Prologue& p, int row, float* pieces) {
   for (int pass = kScaled ? 0 : 1; pass < 2; ++pass) {
     for (int first = mine; first < end; first += step) {
       // Rows that fit the registers are read once.
-      if (!kGiven && first != held) load_activations<kFused>(p, row, root, first, lane, v);
+      if (!kGiven && first != held) load_activations<kFused, kEight>(p, row, root, first, lane, v);
       held = first;
       if (pass == 0) {
         find_largest(p, first, lane, v, pieces);

@@ -26,15 +26,15 @@ __device__ inline void reduce(const Reduce& p) {
     for (int i = 0; i < 4; ++i) y[i] += x[i];
   }
   if (p.bias != nullptr) {
-    with_dtype(p.bias_dtype, p.bias, [&](auto* bias) {
+    with_values(p.bias_dtype, p.bias, [&](auto* bias, bool half) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) y[i] += i < count ? to_float(bias[(at + i) % p.n]) : 0.0f;
+      for (int i = 0; i < 4; ++i) y[i] += i < count ? to_float(bias[(at + i) % p.n], half) : 0.0f;
     });
   }
   if (p.residual != nullptr) {
-    with_dtype(p.residual_dtype, p.residual, [&](auto* residual) {
+    with_values(p.residual_dtype, p.residual, [&](auto* residual, bool half) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) y[i] += i < count ? to_float(residual[at + i]) : 0.0f;
+      for (int i = 0; i < 4; ++i) y[i] += i < count ? to_float(residual[at + i], half) : 0.0f;
     });
   }
   store_pack(p.out_dtype, p.out, at, y, count, aligned);

@@ -235,7 +235,7 @@ __device__ inline Gemm quantize_here(const Stream& p, uint8_t* shared) {
   gemm.act_scales = prologue.scales;
   gemm.act_sums = sums;
   constexpr Output kOutput = kMethod == Method::kCodes ? Output::kCodes : Output::kFloat;
-  lay_out_row<kOutput, false>(prologue, 0, pieces);
+  lay_out_row<kOutput, false, true>(prologue, 0, pieces);
   __syncthreads();
   return gemm;
 }
