@@ -31,7 +31,7 @@ template <Method kMethod_, int kBits_, Tile kTile_>
 struct Config {
   static constexpr Method kMethod = kMethod_;
   static constexpr int kBits = kBits_;
-  static constexpr bool kIntegers = true;  // results can be sums of integers
+  static constexpr bool kIntegers = has_integers(kMethod, kTile_);
   static constexpr Shape kShape = tile_shape(kMethod, kBits, kTile_);
   static constexpr int kThreads = kShape.threads();
   static constexpr int kWords = block_words(kMethod);

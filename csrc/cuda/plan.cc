@@ -103,6 +103,8 @@ bool quantizes_row(Method method, const Problem& p, const Device& device, int sp
 bool has_tile(Method method, const Problem& p, Tile tile) {
   int rows = tile_shape(method, p.weight_bits, tile).rows();
   if (method == Method::kPlanes) return tile == Tile::kNarrow || tile == Tile::kWhole;
+  if (p.integers && !has_integers(method, tile)) return false;
+  if (p.integers && p.group_size != p.k) return tile == Tile::kNarrow;
   if (p.m <= kOneTileRows && rows < p.m) return false;
   return tile != Tile::kWhole || p.group_size == p.k;
 }

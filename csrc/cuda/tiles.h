@@ -12,6 +12,13 @@ namespace anyprec::cuda {
 // kStream is for so few rows that reading the weights is all that takes time.
 enum class Tile : int32_t { kNarrow, kMedium, kWide, kWhole, kStream };
 
+// Whether results can be sums of integers, one for each group. Writing so many takes longer than
+// computing them, so narrow tiles do where there are groups.
+constexpr bool has_integers(Method method, Tile tile) {
+  if (method == Method::kFloat) return false;
+  return tile == Tile::kNarrow || tile == Tile::kWhole;
+}
+
 // A warp computes strips of 16 columns by slices of 8 rows, as instructions do; warps_n by warps_m of
 // them are a block.
 struct Shape {

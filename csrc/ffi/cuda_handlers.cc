@@ -45,6 +45,8 @@ void check_problem(const Problem& p) {
 void check_plan(const Problem& p, const Plan& plan) {
   expect(plan.tile != Tile::kWhole || p.k == 0 || p.group_size == p.k,
          "tile whole needs one scale for all of K");
+  expect(!p.integers || has_integers(plan.method, plan.tile),
+         "integer products are for tiles narrow and whole");
   expect(plan.tile != Tile::kStream || is_stream(plan.method, p),
          "tile stream is for at most 16 rows, by codes or floats");
   expect(!plan.quantizes || (plan.tile == Tile::kStream && can_quantize(plan.method, p)),

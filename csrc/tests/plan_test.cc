@@ -404,6 +404,16 @@ void test_choice() {
   integers.integers = true;
   integers.x = DType::kU8;
   check(make_plan(integers, kH100, "").splits == 1, "integers are not split");
+  for (int64_t m : {1, 16, 17, 64, 65, 4096}) {
+    for (int64_t group : {32, 4096}) {
+      Problem p = problem(m, 4096, 4096, 8, 4, group);
+      p.integers = true;
+      p.x = DType::kU8;
+      Plan plan = make_plan(p, kH100, "");
+      check(has_integers(plan.method, plan.tile), describe(p, plan) + ": no integers");
+      check(m < 4096 || (plan.tile == Tile::kWhole) == (group == 4096), describe(p, plan) + ": tile");
+    }
+  }
 }
 
 void test_refusals() {
