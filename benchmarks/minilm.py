@@ -34,7 +34,7 @@ from jax_anyprec.models.calibration import batches_of, split
 from jax_anyprec.models.evaluate import choose_windows
 from jax_anyprec.models.wikipedia import read_articles
 
-from .probes import Probe, accuracies, read_probes
+from .probes import TEST, Probe, accuracies, accuracy_change, read_probes
 from .report import Row, rows_of, table, write_json
 
 GROUP = 32
@@ -62,7 +62,8 @@ def main() -> None:
     probes = {} if options.probes is None else read_probes(options.probes)
     task = Task(read_texts(texts), read_judgements(texts), probes)
     exact = task.run(load(None))
-    rows = rows_of(options.json, {}) or [{"setting": "float32", **exact.row()}]
+    facts = {"test_sentences": TEST if probes else 0}
+    rows = rows_of(options.json, facts) or [{"setting": "float32", **exact.row()}]
     done = {row["setting"] for row in rows}
     for name, make, bits in settings(options.peers):
         if name in done or options.only not in name:
@@ -71,7 +72,7 @@ def main() -> None:
         rows.append({"setting": name, **result.row(), **result.differences(exact)})
         print(rows[-1], flush=True)
         if options.json:
-            write_json(options.json, "benchmarks.minilm", {"rows": rows})
+            write_json(options.json, "benchmarks.minilm", {**facts, "rows": rows})
     print(summary(rows))
 
 
@@ -238,12 +239,18 @@ class Result:
         """How far embeddings, all of length 1, are from those of the float model."""
         cosines = (self.embeddings * exact.embeddings).sum(axis=-1)
         change = pearson(self.similar, self.judged) - pearson(exact.similar, self.judged)
+        probes = {
+            name: accuracy_change(right, exact.correct[name])
+            for name, right in self.correct.items()
+        }
         return {
             "mean_cosine": float(cosines.mean()),
             "least_cosine": float(cosines.min()),
             "pearson_with_float": pearson(self.similar, exact.similar),
             "pearson_change": change,
             "pearson_change_error": change_error(self.similar, exact.similar, self.judged),
+            "probe_changes": {name: each for name, (each, _) in probes.items()},
+            "probe_change_errors": {name: error for name, (_, error) in probes.items()},
         }
 
 
@@ -292,11 +299,20 @@ def summary(rows: list[Row]) -> str:
             shown += [""] * len(COMPARED)
             change = ""
         shown += [f"{row['pearson']:.3f}", change, f"{row['spearman']:.3f}"]
-        return [*shown, *(f"{row['probes'][name]:.3f}" for name in probes)]
+        return [*shown, *(_probe(row, name) for name in probes)]
 
     probes = rows[0]["probes"]
     header = ["setting", "bits a weight", *COMPARED.values(), "Pearson", "change", "Spearman"]
     return table([*header, *probes], map(line, rows))
+
+
+def _probe(row: Row, name: str) -> str:
+    """The accuracy of a probe in percent, and how many points it is from the float model's."""
+    shown = f"{100 * row['probes'][name]:.1f}"
+    if "probe_changes" not in row:
+        return shown
+    change, error = (100 * row[key][name] for key in ("probe_changes", "probe_change_errors"))
+    return f"{shown} ({change:+.1f} ± {error:.1f})"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ NAMES = {
     "editorials": "nytEditorialSnippets",
     "tweets": "tweets",
 }
-TRAIN, TEST = 1500, 500
+TRAIN, TEST = 1500, 2000
 RIDGE = 1.0
 """Added to the diagonal; embeddings have length 1, so that of 1,500 of them is about 4."""
 
@@ -68,6 +68,15 @@ def _probe(archive: tarfile.TarFile, name: str, seed: int) -> Probe:
     rows = [line.split("\t", 2) for line in lines if line.count("\t") >= 2]
     chosen = np.random.default_rng(seed).permutation(len(rows))[: TRAIN + TEST]
     return Probe(tuple(rows[i][2] for i in chosen), np.array([float(rows[i][1]) for i in chosen]))
+
+
+def accuracy_change(correct: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
+    """Of two models' `Probe.correct` the difference in accuracy, and its standard error.
+
+    The error is that of other test sentences for both, of which most are told alike.
+    """
+    each = correct.astype(float) - expected
+    return float(each.mean()), float(each.std() / len(each) ** 0.5)
 
 
 def accuracies(

@@ -63,6 +63,38 @@ class Bits(click.ParamType):
         self.fail(f"must be 1 to 8 or {' or '.join(self.words)}, got {value!r}", param, ctx)
 
 
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """What `jax-anyprec quantize` left in a folder, at all of its bits or at fewer."""
+
+    folder: Path
+    bits: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.folder) if self.bits is None else f"{self.folder}@{self.bits}"
+
+
+class CalibratedType(click.ParamType):
+    """A folder, or a folder and bits."""
+
+    name = "calibrated"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "FOLDER[@BITS]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Calibrated:
+        if isinstance(value, Calibrated):
+            return value
+        folder, _, bits = str(value).rpartition("@")
+        if Path(value).is_dir():
+            return Calibrated(Path(value))
+        if bits in tuple("12345678") and Path(folder).is_dir():
+            return Calibrated(Path(folder), int(bits))
+        self.fail(f"must be a folder, or a folder@BITS, got {value!r}", param, ctx)
+
+
 WEIGHTS = Bits("file", "float")
 ACTIVATIONS = Bits("float")
 
@@ -149,9 +181,9 @@ def cli() -> None:
 )
 @click.option(
     "--calibrated",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    metavar="FOLDER",
-    help="Use the layers that 'quantize' made of this model, in place of the options above.",
+    type=CalibratedType(),
+    help="Use the layers that 'quantize' made of this model, in place of the options above; with "
+    "@BITS the first planes only, see its --nested.",
 )
 @json_option
 def generate(
@@ -169,7 +201,7 @@ def generate(
     group_size: int | None,
     rotate: bool,
     act_scales: Literal["group", "token"],
-    calibrated: Path | None,
+    calibrated: Calibrated | None,
     as_json: bool,
 ) -> None:
     """Answer PROMPT with a chat model, streaming.
@@ -346,9 +378,9 @@ def fetch_command(name: str) -> None:
 @click.option(
     "--calibrated",
     multiple=True,
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    metavar="FOLDER",
-    help="A folder of 'quantize' to measure; may be given more than once.",
+    type=CalibratedType(),
+    help="A folder of 'quantize' to measure, with @BITS the first planes only; may be given more "
+    "than once.",
 )
 @click.option(
     "--held-out", is_flag=True, help="Use only articles that 'quantize' does not calibrate on."
@@ -359,7 +391,7 @@ def evaluate(
     settings: tuple[str, ...],
     tokens: int,
     context: int,
-    calibrated: tuple[Path, ...],
+    calibrated: tuple[Calibrated, ...],
     held_out: bool,
     as_json: bool,
 ) -> None:
@@ -378,9 +410,9 @@ def evaluate(
       jax-anyprec eval --held-out --calibrated smollm2-3bit
     """
     defaults = () if calibrated else DEFAULT_SETTINGS
-    chosen: dict[str, Quantization | Path | None] = {
+    chosen: dict[str, Quantization | Calibrated | None] = {
         **{text: parse_setting(text) for text in settings or defaults},
-        **{str(folder): folder for folder in calibrated},
+        **{str(each): each for each in calibrated},
     }
     path = model or find_file("smollm2")
     with clear_errors():
@@ -456,6 +488,13 @@ def evaluate(
     help="How many of the tokens are not calibrated on but kept for the end, to tune scales and "
     "norms of all layers together by gradients; 0 leaves that out.",
 )
+@click.option(
+    "--nested",
+    multiple=True,
+    type=click.IntRange(1, 7),
+    help="Fewer bits at which the same weights are to serve too, by their first planes and with "
+    "scales of their own; may be given more than once. More bits lose a little by it.",
+)
 @json_option
 def quantize_command(
     output: Path,
@@ -467,6 +506,7 @@ def quantize_command(
     tokens: int,
     context: int,
     tune: int,
+    nested: tuple[int, ...],
     as_json: bool,
 ) -> None:
     """Calibrate a decoder's weights on text, and keep them in the folder OUTPUT.
@@ -480,6 +520,8 @@ def quantize_command(
     Examples:
       jax-anyprec quantize smollm2-3bit --bits 3
       jax-anyprec quantize smollm2-small --budget 2.7 --activations float
+      jax-anyprec quantize smollm2-nested --bits 4 --nested 3 --nested 2
+      jax-anyprec generate "Hello!" --calibrated smollm2-nested@3
       jax-anyprec eval --held-out --calibrated smollm2-3bit
     """
     if bits is not None and budget is not None:
@@ -489,6 +531,7 @@ def quantize_command(
     path = model or find_file("smollm2")
     started = time.perf_counter()
     with clear_errors():
+        from .calibrate import Method
         from .models import weight_bytes
         from .models.calibration import (
             calibrate_decoder,
@@ -514,7 +557,13 @@ def quantize_command(
         tuning = decoder_tuning(others) if len(others) else None
         with progress_bar("Calibrating", MofNCompleteColumn()) as report:
             done = calibrate_decoder(
-                loaded.model, windows, rules, progress=report, store=output, tuning=tuning
+                loaded.model,
+                windows,
+                rules,
+                progress=report,
+                store=output,
+                tuning=tuning,
+                method=Method(nested=nested),
             )
     facts = {
         "model": loaded.name,
@@ -659,14 +708,17 @@ def find_file(name: str) -> Path:
         return fetch.fetch(name, report)
 
 
-def _load_setting(path: Path, setting: Quantization | Path | None, description: str) -> LoadedModel:
+def _load_setting(
+    path: Path, setting: Quantization | Calibrated | None, description: str
+) -> LoadedModel:
     """A model at a setting, or with the calibrated layers of a folder."""
-    if not isinstance(setting, Path):
+    if not isinstance(setting, Calibrated):
         return _load(path, setting, description)
     from .calibrate import load_calibrated
 
     loaded = _load(path, None, description)
-    return dataclasses.replace(loaded, model=load_calibrated(loaded.model, setting))
+    model = load_calibrated(loaded.model, setting.folder, bits=setting.bits)
+    return dataclasses.replace(loaded, model=model)
 
 
 def _windows(

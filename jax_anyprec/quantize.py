@@ -17,6 +17,11 @@ from .tensor import SCALE_DTYPES, QuantizedTensor, check_group_size, group_count
 CANDIDATES = 40
 """Clipping ratios tried by the least-error search; finer grids change the error by under 1%."""
 
+DISTORTION = {
+    1: 0.363, 2: 0.1188, 3: 0.0374, 4: 0.01154, 5: 0.003495, 6: 1.04e-3, 7: 3.0e-4, 8: 8.7e-5,
+}  # fmt: skip
+"""Squared error of the best uniform quantizer of a Gaussian, by bits (Max, 1960)."""
+
 
 def quantize(
     weights: Any,

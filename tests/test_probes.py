@@ -52,6 +52,17 @@ def test_sets_are_told_by_what_embeddings_know(distribution):
         assert 0.35 < right.mean() < 0.65
 
 
+def test_changes_have_the_error_of_sentences_that_are_told_otherwise():
+    expected = np.arange(100) < 80
+    correct = expected.copy()
+    assert probes.accuracy_change(correct, expected) == (0, 0)
+    correct[:3] = False  # three are lost and one is won
+    correct[-1] = True
+    change, error = probes.accuracy_change(correct, expected)
+    assert change == pytest.approx(-0.02)
+    assert error == pytest.approx(np.sqrt((4 / 100 - 0.02**2) / 100))
+
+
 def test_rows_of_the_same_facts_are_kept(tmp_path):
     rows = [
         {"part": "budgets", "setting": "at most 4.5 bits", "bits": 4.49, "kl": 0.07},

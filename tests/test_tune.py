@@ -10,9 +10,9 @@ from flax import nnx
 
 import jax_anyprec as ap
 from jax_anyprec.calibrate import Tuning, kl_divergence, relative_error, tune
-from jax_anyprec.calibrate.allocate import DISTORTION
 from jax_anyprec.calibrate.tune import numbers
 from jax_anyprec.nnx.packed import Packed
+from jax_anyprec.quantize import DISTORTION
 
 LOW = ap.Quantization(weights=2, activations=None, group_size=32, scale_dtype="float16")
 

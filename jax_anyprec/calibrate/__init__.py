@@ -65,7 +65,7 @@ def calibrate_model(
       progress: called with the layers done so far and their number; steps of tuning count too.
       store: a folder in which each block is kept when it is done; what is there already, of the
         same model, rules and batches, is taken from it. `load_calibrated` loads it. None keeps
-        nothing.
+        nothing, and can't be where `method` has nested precisions: their scales are there only.
       links: channels that are made alike in size first, see `calibrate.smooth`: worth it where
         activations have fewer than 8 bits.
       tuning: how scales, norms and biases of the whole model are tuned together at the end, see
@@ -77,9 +77,9 @@ def calibrate_model(
 
     Raises:
       TypeError: the model is no `flax.nnx.Module`.
-      ValueError: there are no batches, `store` is of another calibration, a rule does not fit, or
-        inputs of a layer are not finite: layers before that one have been quantized. Or the loss
-        of tuning is not finite, when all have been.
+      ValueError: there are no batches, `store` is of another calibration or missing, a rule does
+        not fit, or inputs of a layer are not finite: layers before that one have been quantized.
+        Or the loss of tuning is not finite, when all have been.
     """
     from flax import nnx
 
@@ -90,11 +90,14 @@ def calibrate_model(
     kept = list(batches)
     if not kept:
         raise ValueError("batches must hold at least one batch, got none")
+    method = Method() if method is None else method
+    if method.nested and store is None:
+        raise ValueError("store must be given where Method.nested is: it keeps the scales for that")
     calibration = Calibration(
         model,
         rules,
         kept,
-        method=Method() if method is None else method,
+        method=method,
         call=call or call_plainly,
         progress=(lambda done, total: None) if progress is None else progress,
         store=store,

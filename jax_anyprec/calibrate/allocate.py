@@ -16,6 +16,7 @@ from ..format import check_bits
 from ..nnx.convert import Found, quantized_by
 from ..plan import describe
 from ..quantization import Quantization
+from ..quantize import DISTORTION
 from ..rules import Rules
 from .blocks import call_plainly
 from .moments import Moments
@@ -23,11 +24,6 @@ from .sensitivity import Loss, Sensitivity, projected_loss, sensitivities
 from .solve import Method, solve
 
 REFERENCE_BITS = 3
-
-DISTORTION = {
-    1: 0.363, 2: 0.1188, 3: 0.0374, 4: 0.01154, 5: 0.003495, 6: 1.04e-3, 7: 3.0e-4, 8: 8.7e-5,
-}  # fmt: skip
-"""Squared error of the best uniform quantizer of a Gaussian, by bits (Max, 1960)."""
 
 
 @dataclasses.dataclass(frozen=True)

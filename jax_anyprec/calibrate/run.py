@@ -27,7 +27,7 @@ from .observe import Run, input_of, inputs_of, order
 from .report import CalibratedLayer
 from .smooth import Link, smooth
 from .solve import Method, solve
-from .store import Part, Store, put, put_tuned
+from .store import Part, Store, put, put_tuned, scales_at
 from .tune import Tuning, numbers, tune
 
 LEAST_ROWS = 8
@@ -42,6 +42,22 @@ Progress = Callable[[int, int], None]
 def has_coarse_activations(quantization: Quantization) -> bool:
     """Whether activations have fewer than `PRECISE` bits."""
     return quantization.activations is not None and quantization.activations < PRECISE
+
+
+class Packing(NamedTuple):
+    """A weight as it was packed.
+
+    Attributes:
+      weight: prepared.
+      shift: what the bias lacks, ``float32[N]``.
+      error: of its outputs, relative.
+      nested: scales ``[N, groups]`` for fewer bits, by `scales_at`.
+    """
+
+    weight: QuantizedTensor
+    shift: jax.Array
+    error: float
+    nested: dict[str, jax.Array]
 
 
 class Runs(NamedTuple):
@@ -82,12 +98,15 @@ class Calibration:
         self.done: list[CalibratedLayer] = []
         self.model, self.batches, self.method = model, batches, method
         self.call, self.progress, self.total = call, progress, len(self.todo)
+        most = max((each.weights or 0 for each in self.todo.values()), default=0)
+        self._precisions = (None, *method.below(most))  # None is that of the weights
         if tuning is not None:
             steps = batches if tuning.batches is None else tuning.batches
             tuning = dataclasses.replace(tuning, batches=steps)
-            self.total += len(steps)
+            self.total += len(steps) * len(self._precisions)
         self.tuning = tuning
-        self._store = None if store is None else Store(store, self._key(links))
+        self._nested: dict[str, dict[str, jax.Array]] = {}  # scales for fewer bits, by layer
+        self._store = None if store is None else Store(store, self._key(links), method.below(most))
         if links:
             self._smooth(links)
         self._reference = nnx.clone(model)
@@ -97,7 +116,8 @@ class Calibration:
         self._run_blocks()
         self._part("", self._run_rest)
         if self.tuning:
-            self._tune(self.tuning)
+            for i, bits in enumerate(self._precisions):
+                self._tune(self.tuning, bits, len(self.done) + i * len(self.tuning.batches or ()))
 
     def _run_rest(self) -> None:
         runs = [
@@ -125,7 +145,10 @@ class Calibration:
         layers = tuple(self.done[first:])
         if self._store is not None and layers:
             modules = {f.layer.path: f.module for f in find(self.model)}
-            weights = tuple(_weights(modules[layer.path]) for layer in layers)
+            weights = tuple(
+                {**_weights(modules[layer.path]), **self._nested.get(layer.path, {})}
+                for layer in layers
+            )
             self._store.write(name, Part(layers, weights))
 
     def _smooth(self, links: tuple[Link, ...]) -> None:
@@ -135,21 +158,24 @@ class Calibration:
             coming = {f"{path}/kernel" for path in self.todo}
             self._store.keep({path: v for path, v in changed.items() if path not in coming})
 
-    def _tune(self, tuning: Tuning) -> None:
-        """Tune all layers together, or take that from the store."""
-        found = None if self._store is None else self._store.tuned
-        if self._store is not None and found is not None:
-            put_tuned(self.model, found, str(self._store.path))
-            self.progress(self.total, self.total)
-            return
-        layers = len(self.done)
+    def _tune(self, tuning: Tuning, bits: int | None, done: int) -> None:
+        """Tune all layers together, at a nested precision if given; or take that from the store."""
 
         def report(steps: int, _: int) -> None:
-            self.progress(layers + steps, self.total)
+            self.progress(done + steps, self.total)
 
-        tune(self.model, self._reference, tuning, report)
+        found = None if self._store is None else self._store.tuned(bits)
+        if found is not None:
+            report(len(tuning.batches or ()), 0)
+            if bits is None and self._store is not None:
+                put_tuned(self.model, found, str(self._store.path))
+            return
+        model = self.model
+        if bits is not None and self._store is not None:
+            model = self._store.put(nnx.clone(self._reference), bits)
+        tune(model, self._reference, tuning, report)
         if self._store is not None:
-            self._store.keep_tuned(numbers(self.model))
+            self._store.keep_tuned(numbers(model), bits)
 
     def _key(self, links: tuple[Link, ...]) -> str:
         """What the result depends on, in short."""
@@ -215,7 +241,10 @@ class Calibration:
                 f"{rows} inputs are too few for {layer.matrix[-2]} rows of weights",
             )
             return
-        weight, shift, error = pack(layer, quantization, moments, self._method(quantization))
+        weight, shift, error, nested = pack(
+            layer, quantization, moments, self._method(quantization)
+        )
+        self._nested[path] = nested
         bias = getattr(found.module, "bias", None)
         if bias is not None and self.method.correct_bias:
             bias.set_value((bias[...] + shift.reshape(bias[...].shape)).astype(bias[...].dtype))
@@ -256,10 +285,8 @@ def _weights(module: Any) -> dict[str, Any]:
     return weights if bias is None else {**weights, "bias": bias[...]}
 
 
-def pack(
-    layer: Layer, quantization: Quantization, moments: Moments, method: Method
-) -> tuple[QuantizedTensor, Any, float]:
-    """The packed weight of a layer, what its bias lacks, and the relative error of its outputs."""
+def pack(layer: Layer, quantization: Quantization, moments: Moments, method: Method) -> Packing:
+    """A layer's weight packed for inputs of these moments."""
     assert quantization.weights is not None
     weights = layer.matrices(layer.weight)
     solution = solve(weights, moments, quantization, method)
@@ -269,4 +296,10 @@ def pack(
         bits=quantization.weights,
         rotation=quantization.rotation(weights.shape[0]),
     )
-    return tensor.prepare(), solution.shift, float(solution.error)
+    nested = map(scales_at, method.below(quantization.weights))
+    return Packing(
+        tensor.prepare(),
+        solution.shift,
+        float(solution.error),
+        dict(zip(nested, solution.nested, strict=True)),
+    )

@@ -7,20 +7,26 @@ arXiv 2504.02692, in closed form); of T - W what chance adds is taken off. `solv
 three steps: GPTQ (arXiv 2210.17323) rounds row after row and lets later rows make up for the errors
 of earlier ones; scales are refitted in closed form; each code is moved to its best value with all
 others fixed (coordinate descent, as in QuantEase, arXiv 2309.01885); the latter two several times.
+
+Codes of nested precisions serve them all, as their first planes have to in Any-Precision LLM (arXiv
+2402.10517): codes are moved to where the sum of all precisions' errors is least, each as a part of
+what such a precision loses anyway, and each precision has scales of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .. import format as fmt
+from ..format import check_bits
 from ..quantization import Quantization
-from ..quantize import choose_scales
+from ..quantize import DISTORTION, choose_scales
 from .moments import Moments
 
 BLOCK = 32
@@ -39,12 +45,25 @@ class Method:
         is made up for, 0 to 1, of what outlasts chance; nothing of it where activations have fewer
         than 8 bits.
       correct_bias: whether biases make up for the mean error of outputs.
+      nested: fewer bits at which weights are to serve too, by their first planes: each 1 to 7, in
+        any order. Layers that have no more bits than that stay as they are at it.
     """
 
     damping: float = 0.01
     sweeps: int = 4
     cross: float = 1.0
     correct_bias: bool = True
+    nested: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for bits in self.nested:
+            check_bits(bits, "Method.nested")
+        if self.nested and not self.sweeps:
+            raise ValueError("Method.sweeps must be at least 1 where nested is given, got 0")
+
+    def below(self, bits: int) -> tuple[int, ...]:
+        """The precisions of `nested` that a weight of `bits` has, most bits first."""
+        return tuple(sorted({each for each in self.nested if each < bits}, reverse=True))
 
 
 class Solution(NamedTuple):
@@ -56,6 +75,7 @@ class Solution(NamedTuple):
       difference: ``float32[K, N]``, the weights, rotated, less what the codes stand for.
       shift: ``float32[N]``, mean of the float model's outputs less those of the packed one.
       error: ``float32[]``, ``|x T - x Q|**2 / |x T|**2``, what rounding does to the outputs.
+      nested: scales ``[N, groups]`` of each of `Method.below`.
     """
 
     codes: jax.Array
@@ -63,6 +83,7 @@ class Solution(NamedTuple):
     difference: jax.Array
     shift: jax.Array
     error: jax.Array
+    nested: tuple[jax.Array, ...]
 
 
 @functools.partial(jax.jit, static_argnames=("quantization", "method"))
@@ -84,17 +105,22 @@ def solve(
     )
     target = jnp.pad(target, ((0, pad), (0, 0)))
     moment = jax.scipy.linalg.block_diag(moment, jnp.eye(pad)) if pad else moment
-    codes, scales = _gptq(grid, target, moment)
+    grids = (grid, *(grid.truncated(bits) for bits in method.below(grid.bits)))
+    codes, all_scales = _gptq(grids, target, moment)
+    refit = functools.partial(_refit, weights=target, moment=moment)
     for _ in range(method.sweeps):
-        scales = _refit(grid, target, moment, codes, scales)
-        codes = _descend(grid, target, moment, codes, scales)
-    values = grid.values(codes, scales)[:k]
+        all_scales = tuple(map(functools.partial(refit, codes=codes), grids, all_scales))
+        codes = _descend(grids, target, moment, codes, all_scales)
+    lower = tuple(map(functools.partial(refit, codes=codes), grids[1:], all_scales[1:]))
+    values = grid.values(codes, all_scales[0])[:k]
+    stored = [each.T.astype(quantization.scale_dtype) for each in (all_scales[0], *lower)]
     return Solution(
         codes[:k],
-        scales.T.astype(quantization.scale_dtype),
+        stored[0],
         weights - values,
         (moments.reference_sum @ weights - moments.own_sum @ values) / moments.rows,
         _energy(moments.own, target[:k] - values) / _energy(moments.own, target[:k]),
+        tuple(stored[1:]),
     )
 
 
@@ -151,13 +177,21 @@ def _lasting(weights: jax.Array, moments: Moments, method: Method) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-    """The values that a column may have: K rows, padded to whole groups."""
+    """The values that a column may have: K rows, padded to whole groups.
+
+    Codes have `dropped` low bits more than the values heed.
+    """
 
     k: int
     bits: int
     group_size: int
     scales: str
     scale_dtype: str
+    dropped: int = 0
+
+    def truncated(self, bits: int) -> _Grid:
+        """Of the first `bits` planes."""
+        return dataclasses.replace(self, bits=bits, dropped=self.bits - bits)
 
     def choose(self, rows: jax.Array) -> jax.Array:
         """Scales ``float32[N]`` for the rows ``[group_size, N]`` of a group."""
@@ -175,56 +209,78 @@ class _Grid:
     def decode(self, codes: jax.Array, scales: jax.Array, first: jax.Array | int) -> jax.Array:
         """Values of codes ``[rows, N]``, rows `first` and on; 0 past the last one."""
         there = first + jnp.arange(codes.shape[0])[:, None] < self.k
-        return jnp.where(there, fmt.codes_to_ints(codes, self.bits) * scales, 0.0)
+        return jnp.where(there, fmt.codes_to_ints(codes >> self.dropped, self.bits) * scales, 0.0)
 
     def values(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
         """``float32[K, N]`` of all codes and scales ``[groups, N]``."""
         return self.decode(codes, jnp.repeat(scales, self.group_size, axis=0), 0)
 
 
+def _choose(grids: tuple[_Grid, ...], rows: jax.Array) -> list[jax.Array]:
+    """Scales ``float32[N]`` of all grids for the rows of a group, from what each would choose.
+
+    Cells of a truncated grid are those of the first, so a mean of all wishes is taken.
+    """
+    wishes = [grid.choose(rows) * 0.5**grid.dropped for grid in grids]
+    mean = math.prod(wishes[1:], start=wishes[0]) ** (1 / len(grids)) if wishes[1:] else wishes[0]
+    return [grid.kept(mean * 2**grid.dropped) for grid in grids]
+
+
 def _block_of(x: jax.Array, start: jax.Array, axis: int = 0) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, start, BLOCK, axis)
 
 
-def _gptq(grid: _Grid, weights: jax.Array, moment: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Codes ``[K, N]`` and scales ``[groups, N]``: each row's error is carried to later rows."""
+def _gptq(
+    grids: tuple[_Grid, ...], weights: jax.Array, moment: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Codes ``[K, N]``, and scales ``[groups, N]`` of each grid.
+
+    Each row's error is carried to later rows, of each grid its own.
+    """
     k, n = weights.shape
+    every, size = range(len(grids)), grids[0].group_size
     factor = _inverse_factor(moment)
 
-    def round_group(group: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def round_group(group: jax.Array, state: Any) -> Any:
         weights, codes, scales = state
-        first = group * grid.group_size
-        rows = jax.lax.dynamic_slice_in_dim(weights, first, grid.group_size)
-        scale = grid.choose(rows)
+        first = group * size
+        scale = _choose(grids, jax.lax.dynamic_slice_in_dim(weights[0], first, size))
 
-        def round_block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def round_block(i: jax.Array, state: Any) -> Any:
             weights, codes = state
             start = first + i * BLOCK
             local = _block_of(_block_of(factor, start), start, axis=1)
 
-            def round_row(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            def round_row(j: jax.Array, state: Any) -> Any:
                 rows, chosen, errors = state
-                code = grid.encode(rows[j], scale)
-                value = grid.decode(code[None], scale, start + j)[0]
-                error = (rows[j] - value) / local[j, j]
+                code = _nearest(grids, [rows[p][j] for p in every], scale)
+                value = [grids[p].decode(code[None], scale[p], start + j)[0] for p in every]
+                error = [(rows[p][j] - value[p]) / local[j, j] for p in every]
                 later = jnp.where(jnp.arange(BLOCK) > j, local[:, j], 0)
-                rows = rows - later[:, None] * error
-                return rows, chosen.at[j].set(code), errors.at[j].set(error)
+                rows = tuple(rows[p] - later[:, None] * error[p] for p in every)
+                errors = tuple(errors[p].at[j].set(error[p]) for p in every)
+                return rows, chosen.at[j].set(code), errors
 
-            zeros = jnp.zeros((BLOCK, n), jnp.uint8), jnp.zeros((BLOCK, n))
-            begin = (_block_of(weights, start), *zeros)
+            begin = (
+                tuple(_block_of(each, start) for each in weights),
+                jnp.zeros((BLOCK, n), jnp.uint8),
+                tuple(jnp.zeros((BLOCK, n)) for _ in every),
+            )
             _, chosen, errors = jax.lax.fori_loop(0, BLOCK, round_row, begin)
             later = jnp.arange(k)[:, None] >= start + BLOCK
             carried = jnp.where(later, _block_of(factor, start, axis=1), 0)
             codes = jax.lax.dynamic_update_slice_in_dim(codes, chosen, start, 0)
-            return weights - carried @ errors, codes
+            return tuple(weights[p] - carried @ errors[p] for p in every), codes
 
-        blocks = grid.group_size // BLOCK
-        weights, codes = jax.lax.fori_loop(0, blocks, round_block, (weights, codes))
-        return weights, codes, scales.at[group].set(scale)
+        weights, codes = jax.lax.fori_loop(0, size // BLOCK, round_block, (weights, codes))
+        return weights, codes, tuple(scales[p].at[group].set(scale[p]) for p in every)
 
-    groups = k // grid.group_size
-    begin = (weights, jnp.zeros((k, n), jnp.uint8), jnp.zeros((groups, n)))
+    groups = k // size
+    begin = (
+        (weights,) * len(grids),
+        jnp.zeros((k, n), jnp.uint8),
+        tuple(jnp.zeros((groups, n)) for _ in every),
+    )
     _, codes, scales = jax.lax.fori_loop(0, groups, round_group, begin)
     return codes, scales
 
@@ -237,7 +293,7 @@ def _inverse_factor(moment: jax.Array) -> jax.Array:
 
 
 def _refit(
-    grid: _Grid, weights: jax.Array, moment: jax.Array, codes: jax.Array, scales: jax.Array
+    grid: _Grid, scales: jax.Array, *, weights: jax.Array, moment: jax.Array, codes: jax.Array
 ) -> jax.Array:
     """The best scales ``[groups, N]`` for these codes: for each column, a system of equations."""
     groups, n = scales.shape
@@ -258,29 +314,62 @@ def _refit(
 
 
 def _descend(
-    grid: _Grid, weights: jax.Array, moment: jax.Array, codes: jax.Array, scales: jax.Array
+    grids: tuple[_Grid, ...],
+    weights: jax.Array,
+    moment: jax.Array,
+    codes: jax.Array,
+    scales: tuple[jax.Array, ...],
 ) -> jax.Array:
-    """Codes after each was moved once to its best value, all others as they are by then."""
-    k, n = weights.shape
-    gradient = moment @ (grid.values(codes, scales) - weights)
+    """Codes after each was moved once to its best value, all others as they are by then.
 
-    def move_block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        gradient, codes = state
+    Of several grids of the same codes, the sum of errors in proportion to `DISTORTION` is lowered.
+    """
+    k, n = weights.shape
+    every = range(len(grids))
+    gradients = tuple(
+        moment @ (g.values(codes, s) - weights) for g, s in zip(grids, scales, strict=True)
+    )
+
+    def move_block(i: jax.Array, state: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        gradients, codes = state
         start = i * BLOCK
-        scale = scales[start // grid.group_size]
+        scale = [each[start // grids[0].group_size] for each in scales]
         local = _block_of(_block_of(moment, start), start, axis=1)
 
-        def move_row(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def move_row(j: jax.Array, state: tuple[Any, jax.Array, Any]) -> tuple[Any, jax.Array, Any]:
             slopes, chosen, moves = state
-            value = grid.decode(chosen[j][None], scale, start + j)[0]
-            code = grid.encode(value - slopes[j] / local[j, j], scale)
-            move = grid.decode(code[None], scale, start + j)[0] - value
-            slopes = slopes + local[:, j][:, None] * move
-            return slopes, chosen.at[j].set(code), moves.at[j].set(move)
+            value = [grids[p].decode(chosen[j][None], scale[p], start + j)[0] for p in every]
+            wanted = [value[p] - slopes[p][j] / local[j, j] for p in every]
+            code = _nearest(grids, wanted, scale)
+            new = [grids[p].decode(code[None], scale[p], start + j)[0] for p in every]
+            move = [new[p] - value[p] for p in every]
+            slopes = tuple(slopes[p] + local[:, j][:, None] * move[p] for p in every)
+            moves = tuple(moves[p].at[j].set(move[p]) for p in every)
+            return slopes, chosen.at[j].set(code), moves
 
-        begin = (_block_of(gradient, start), _block_of(codes, start), jnp.zeros((BLOCK, n)))
+        begin = (
+            tuple(_block_of(each, start) for each in gradients),
+            _block_of(codes, start),
+            tuple(jnp.zeros((BLOCK, n)) for _ in every),
+        )
         _, chosen, moves = jax.lax.fori_loop(0, BLOCK, move_row, begin)
         codes = jax.lax.dynamic_update_slice_in_dim(codes, chosen, start, 0)
-        return gradient + _block_of(moment, start, axis=1) @ moves, codes
+        carried = _block_of(moment, start, axis=1)
+        return tuple(gradients[p] + carried @ moves[p] for p in every), codes
 
-    return jax.lax.fori_loop(0, k // BLOCK, move_block, (gradient, codes))[1]
+    return jax.lax.fori_loop(0, k // BLOCK, move_block, (gradients, codes))[1]
+
+
+def _nearest(
+    grids: tuple[_Grid, ...], wanted: list[jax.Array], scales: list[jax.Array]
+) -> jax.Array:
+    """Codes ``[N]`` whose values on all grids are nearest to what is `wanted` there, ``[N]``."""
+    if len(grids) == 1:
+        return grids[0].encode(wanted[0], scales[0])
+    codes = jnp.arange(2 ** grids[0].bits, dtype=jnp.uint8)[:, None]
+    errors = [
+        jnp.square(fmt.codes_to_ints(codes >> grid.dropped, grid.bits) * scale - want)
+        / DISTORTION[grid.bits]
+        for grid, want, scale in zip(grids, wanted, scales, strict=True)
+    ]
+    return jnp.argmin(sum(errors), axis=0).astype(jnp.uint8)

@@ -5,6 +5,9 @@ of part i are in ``part-i.safetensors`` (`jax_anyprec.save`). A part is listed w
 complete, so an interrupted calibration leaves the parts before. Other variables of the model that
 have changed, of norms before smoothed layers, are in ``variables.safetensors``, by path; numbers
 that were tuned when all layers were done (`calibrate.tune`) are in ``tuned.safetensors``.
+
+At nested precisions (`Method.nested`) first planes of the same weights are read, of 3 bits say; a
+part has the scales for them beside each weight, and what was tuned is in ``tuned-3.safetensors``.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,11 +33,10 @@ from .tune import numbers, set_numbers
 
 INDEX = "index.json"
 VARIABLES = "variables.safetensors"
-TUNED = "tuned.safetensors"
 FORMAT = "jax_anyprec calibration 1"
 
 Weights = Mapping[str, jax.Array | QuantizedTensor]
-"""Of one layer: "kernel", packed, and "bias" where it has one."""
+"""Of one layer: "kernel", packed, "bias" where it has one, and "scales-3", say, to read 3 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +53,18 @@ class Store:
     Args:
       path: of the folder, made if there is none.
       key: says what is being calibrated, how, and on what; parts of another key are refused.
+      nested: precisions that are calibrated besides that of the weights.
 
     Raises:
       ValueError: the folder is of another calibration.
       CheckpointError: its index can't be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], key: str):
+    def __init__(self, path: str | os.PathLike[str], key: str, nested: Sequence[int] = ()):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._index = _read_index(self.path) if (self.path / INDEX).exists() else _new_index(key)
+        there = (self.path / INDEX).exists()
+        self._index = _read_index(self.path) if there else _new_index(key, nested)
         if self._index["key"] != key:
             raise ValueError(
                 f"{self.path} holds a calibration of another model, with other rules or on other "
@@ -87,40 +91,53 @@ class Store:
 
         replace_files({self.path / INDEX: write_index})
 
-    @property
-    def tuned(self) -> dict[str, Any] | None:
-        """Numbers that were tuned at the end, by path; None before."""
-        return load(self.path / TUNED) if (self.path / TUNED).exists() else None
+    def put(self, model: nnx.Module, bits: int | None = None) -> nnx.Module:
+        """The model with all parts that are there in their places, at fewer `bits` if given."""
+        return _put_all(model, self._index, self.path, bits)
 
-    def keep_tuned(self, values: Mapping[str, jax.Array]) -> None:
+    def tuned(self, bits: int | None = None) -> dict[str, Any] | None:
+        """Numbers that were tuned at the end, at fewer `bits` if given; None before."""
+        file = self.path / _tuned(bits)
+        return load(file) if file.exists() else None
+
+    def keep_tuned(self, values: Mapping[str, jax.Array], bits: int | None = None) -> None:
         """Add the numbers of `tuned`."""
-        save(self.path / TUNED, dict(values))
+        save(self.path / _tuned(bits), dict(values))
 
     def keep(self, variables: Mapping[str, jax.Array]) -> None:
         """Variables that loading a calibration has to change, besides layers, by path."""
         save(self.path / VARIABLES, dict(variables))
 
 
-def load_calibrated(model: nnx.Module, path: str | os.PathLike[str]) -> nnx.Module:
+def load_calibrated(
+    model: nnx.Module, path: str | os.PathLike[str], *, bits: int | None = None
+) -> nnx.Module:
     """Put calibrated layers in the places of a float model's, which is changed and returned.
 
     Args:
       model: as it was given to `calibrate_model`.
       path: the folder that was given there as `store`.
+      bits: read so many planes of each weight only, one of the `Method.nested` that it was
+        calibrated with, with the scales for that; None for all. Weights that have no more stay as
+        they are.
 
     Raises:
       FileNotFoundError: there is no such folder, or no calibration in it.
       CheckpointError: it is damaged, or of another model.
+      ValueError: it was not calibrated for `bits`.
     """
     path = Path(path)
     index = _read_index(path)
+    if bits is not None and bits not in index["nested"]:
+        raise ValueError(
+            f"bits must be None or one that {path} was calibrated for (Method.nested), "
+            f"{index['nested']}, got {bits!r}"
+        )
     if (path / VARIABLES).exists():
         _set_variables(model, load(path / VARIABLES), str(path))
-    for entry in index["parts"].values():
-        part = _read_part(path, entry)
-        model = put(model, part, str(path))
-    if (path / TUNED).exists():
-        put_tuned(model, load(path / TUNED), str(path))
+    model = _put_all(model, index, path, bits)
+    if (path / _tuned(bits)).exists():
+        put_tuned(model, load(path / _tuned(bits)), str(path / _tuned(bits)))
     return model
 
 
@@ -135,7 +152,23 @@ def put(model: nnx.Module, part: Part, source: str) -> nnx.Module:
         if "bias" in weights:
             bias: Any = place.module
             bias.bias.set_value(weights["bias"])
-        model = place.convert(model, layer.quantization, kernel.prepare())
+        quantization = dataclasses.replace(layer.quantization, weights=kernel.bits)
+        model = place.convert(model, quantization, kernel.prepare())
+    return model
+
+
+def scales_at(bits: int) -> str:
+    """The name of a weight's scales for a nested precision."""
+    return f"scales-{bits}"
+
+
+def _tuned(bits: int | None) -> str:
+    return "tuned.safetensors" if bits is None else f"tuned-{bits}.safetensors"
+
+
+def _put_all(model: nnx.Module, index: Any, path: Path, bits: int | None) -> nnx.Module:
+    for entry in index["parts"].values():
+        model = put(model, _read_part(path, entry, bits), str(path))
     return model
 
 
@@ -143,7 +176,7 @@ def put_tuned(model: nnx.Module, values: Mapping[str, Any], source: str) -> None
     """Put tuned numbers in their places in a model whose layers are packed."""
     shapes = {name: value.shape for name, value in numbers(model).items()}
     if shapes != {name: value.shape for name, value in values.items()}:
-        raise CheckpointError(f"{source} is of another model: {TUNED} has numbers of others")
+        raise CheckpointError(f"{source} is of another model: it has numbers of others")
     set_numbers(model, values)
 
 
@@ -157,8 +190,8 @@ def _set_variables(model: nnx.Module, values: Mapping[str, Any], source: str) ->
         variable.set_value(value)
 
 
-def _new_index(key: str) -> dict[str, Any]:
-    return {"format": FORMAT, "key": key, "parts": {}}
+def _new_index(key: str, nested: Sequence[int]) -> dict[str, Any]:
+    return {"format": FORMAT, "key": key, "nested": list(nested), "parts": {}}
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -166,21 +199,36 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads((path / INDEX).read_text())
         if index["format"] != FORMAT or not isinstance(index["parts"], dict):
             raise KeyError("format")
+        index.setdefault("nested", [])  # calibrations from before there were any
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / INDEX} is no index of a calibration: {error}") from None
     return index
 
 
-def _read_part(path: Path, entry: Any) -> Part:
+def _read_part(path: Path, entry: Any, bits: int | None = None) -> Part:
     try:
         layers = tuple(_from_json(each) for each in entry["layers"])
         name = Path(entry["file"]).name
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / INDEX} has a part that can't be read: {error}") from None
-    weights = load(path / name)
+    weights = load(path / name, bits=bits)
     if set(weights) != {str(i) for i in range(len(layers))}:
         raise CheckpointError(f"{path / name} lacks layers that {INDEX} lists, or has others")
-    return Part(layers, tuple(weights[str(i)] for i in range(len(layers))))
+    each = (weights[str(i)] for i in range(len(layers)))
+    return Part(layers, tuple(each if bits is None else (_at(one, bits) for one in each)))
+
+
+def _at(weights: Weights, bits: int) -> Weights:
+    """Weights of which at most `bits` planes were read, with the scales for that."""
+    scales = weights.get(scales_at(bits))
+    kernel = weights["kernel"]
+    if scales is None or not isinstance(kernel, QuantizedTensor):
+        return weights
+    if scales.shape != kernel.scales.shape:
+        raise CheckpointError(
+            f"scales for {bits} bits must be {kernel.scales.shape}, got {scales.shape}"
+        )
+    return {**weights, "kernel": dataclasses.replace(kernel, scales=scales)}
 
 
 def _from_json(fields: dict[str, Any]) -> CalibratedLayer:

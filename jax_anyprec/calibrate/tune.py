@@ -22,8 +22,8 @@ from flax import nnx
 from .. import format as fmt
 from ..nnx.packed import Packed
 from ..nnx.references import Reference, references
+from ..quantize import DISTORTION
 from ..tensor import QuantizedTensor
-from .allocate import DISTORTION
 from .blocks import Call, call_plainly
 
 FIELDS = ("scales", "offsets")
