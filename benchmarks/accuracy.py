@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,6 +44,8 @@ from jax_anyprec.models.calibration import (
 from jax_anyprec.models.evaluate import Evaluator, choose_windows, encode_texts
 from jax_anyprec.models.wikipedia import read_articles
 from jax_anyprec.nnx.convert import Found, quantized_by
+from jax_anyprec.nnx.packed import Packed
+from jax_anyprec.nnx.references import references
 
 from . import ggml_types
 from .machine import commit
@@ -53,7 +56,10 @@ TYPES = ("IQ4_NL", "Q4_0", "Q3_K", "IQ3_S", "Q2_K", "IQ2_S", "Q4_K", "Q5_0", "Q5
 JOINED = (
     "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K",
 )  # fmt: skip
-ACTIVATIONS = ((None, "token"), (8, "token"), (6, "token"), (4, "group"), (4, "token"))
+ACTIVATIONS = (
+    (None, None), (8, None), (8, 64), (6, None), (6, 64), (5, None), (4, 32), (4, 64), (4, None),
+)  # fmt: skip
+"""Bits, and the values that share a scale; None for those of a token."""
 
 BOTH = (True, False)
 
@@ -135,6 +141,54 @@ def budgets(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
         yield f"at most {budget} bits, tuned", functools.partial(prepare, budget=budget)
 
 
+def weights(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """All layers at 4 or at 2 bits in groups of 64: rounded, and by default; 3 are `ablation`'s."""
+
+    def prepare(model: Any, bits: int, nearest: bool) -> None:
+        rules = default_rules(model, bits, activations=None)
+        if nearest:
+            ap.quantize_model(model, rules)
+        else:
+            calibrate_decoder(model, data, rules, tuning=decoder_tuning(others))
+
+    for bits in (4, 2):
+        for nearest in BOTH:
+            name = "rotated, round to nearest" if nearest else "calibrated, tuned"
+            yield f"W{bits}, {name}", functools.partial(prepare, bits=bits, nearest=nearest)
+
+
+def nested(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """First planes of weights of 4 bits in groups of 64, calibrated to serve so or not."""
+
+    @functools.cache
+    def store(precisions: tuple[int, ...]) -> tempfile.TemporaryDirectory[str]:
+        folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory()
+        model = load().model
+        calibrate_decoder(
+            model,
+            data,
+            default_rules(model, 4, activations=None),
+            tuning=decoder_tuning(others),
+            store=folder.name,
+            method=ap.calibrate.Method(nested=precisions),
+        )
+        return folder
+
+    def serving(model: Any, bits: int | None) -> None:
+        ap.calibrate.load_calibrated(model, store((3, 2)).name, bits=bits)
+
+    def truncated(model: Any, bits: int) -> None:
+        ap.calibrate.load_calibrated(model, store(()).name)
+        for each in references(model):
+            if isinstance(each.node, Packed):
+                each.node.set_value(each.node.get_value().truncate(bits))
+
+    for bits in (4, 3, 2):
+        yield f"W{bits} of W4 for 3 and 2", functools.partial(serving, bits=bits % 4 or None)
+    for bits in (4, 3, 2):
+        yield f"W{bits} of W4 alone", functools.partial(truncated, bits=bits)
+
+
 def ablation(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
     """3 bits in groups of 64: what each step of the calibration adds."""
     method = ap.calibrate.Method
@@ -176,8 +230,10 @@ def activations(
     tuned.
     """
 
-    def prepare(model: Any, bits: int | None, scales: Any) -> None:
-        rules = default_rules(model, 8, activations=bits, act_scales=scales)
+    def prepare(model: Any, bits: int | None, group: int | None) -> None:
+        scales: Any = "token" if group is None else "group"
+        sizes = {} if group is None else {"group_size": group}
+        rules = default_rules(model, 8, activations=bits, act_scales=scales, **sizes)
         if method == "calibrated":
             calibrate_decoder(model, data, rules, tuning=decoder_tuning(others))
             return
@@ -185,9 +241,9 @@ def activations(
             smooth_decoder(model, data)
         ap.quantize_model(model, rules)
 
-    for bits, scales in ACTIVATIONS:
-        name = f"W8A{bits or 16}, a scale a {'token' if scales == 'token' else 'group of 64'}"
-        yield name, functools.partial(prepare, bits=bits, scales=scales)
+    for bits, group in ACTIVATIONS:
+        name = f"W8A{bits or 16}, a scale a {f'group of {group}' if group else 'token'}"
+        yield name, functools.partial(prepare, bits=bits, group=group)
 
 
 # --- ggml ---
@@ -247,6 +303,8 @@ def round_to_type(model: Any, name: str, importance: dict[str, np.ndarray], join
 PARTS: dict[str, Callable[[np.ndarray, np.ndarray], Iterator[tuple[str, Any]]]] = {
     "peers": peers,
     "budgets": budgets,
+    "weights": weights,
+    "nested": nested,
     "ablation": ablation,
     "activations": activations,
     "activations smoothed": functools.partial(activations, method="smoothed"),
