@@ -157,6 +157,17 @@ def weights(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
             yield f"W{bits}, {name}", functools.partial(prepare, bits=bits, nearest=nearest)
 
 
+def low_rank(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """3.5 bits in two ways: products of low rank beside 3 bits in groups of 64, or smaller groups."""
+
+    def prepare(model: Any, group: int, bits: float) -> None:
+        rules = default_rules(model, 3, activations=None, group_size=group)
+        calibrate_decoder(model, data, rules, tuning=decoder_tuning(others), low_rank=bits)
+
+    yield "W3, groups of 64, low rank", functools.partial(prepare, group=64, bits=0.25)
+    yield "W3, groups of 32", functools.partial(prepare, group=32, bits=0.0)
+
+
 def nested(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
     """First planes of weights of 4 bits in groups of 64, calibrated to serve so or not."""
 
@@ -305,6 +316,7 @@ PARTS: dict[str, Callable[[np.ndarray, np.ndarray], Iterator[tuple[str, Any]]]] 
     "budgets": budgets,
     "weights": weights,
     "nested": nested,
+    "low rank": low_rank,
     "ablation": ablation,
     "activations": activations,
     "activations smoothed": functools.partial(activations, method="smoothed"),

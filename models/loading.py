@@ -330,6 +330,8 @@ def weight_bytes(model: nnx.Module) -> WeightBytes:
             case ap.nnx.QuantLinear():
                 linear += _nbytes(module.kernel)
                 linear_weights += math.prod(module.kernel.get_value().shape)
+            case nnx.LoRA():
+                linear += _nbytes((module.lora_a, module.lora_b))
             case nnx.Embed() | ap.nnx.QuantEmbed():
                 embedding += _nbytes(module)
     other = _nbytes(model) - linear - embedding

@@ -9,6 +9,7 @@ from typing import Any
 from ..rules import Rules
 from .allocate import Allocation, Costs, allocate_bits, measure_costs
 from .blocks import call_plainly
+from .compensate import compensate
 from .report import CalibratedLayer, CalibrationReport
 from .sensitivity import projected_loss, sampled_loss
 from .smooth import Link, smooth
@@ -26,6 +27,7 @@ __all__ = [
     "Tuning",
     "allocate_bits",
     "calibrate_model",
+    "compensate",
     "kl_divergence",
     "load_calibrated",
     "measure_costs",
@@ -48,6 +50,7 @@ def calibrate_model(
     store: str | os.PathLike[str] | None = None,
     links: Iterable[Link] = (),
     tuning: Tuning | None = None,
+    low_rank: float = 0.0,
 ) -> CalibrationReport:
     """Quantize a model so that its outputs change least on `batches`.
 
@@ -70,6 +73,8 @@ def calibrate_model(
         activations have fewer than 8 bits.
       tuning: how scales, norms and biases of the whole model are tuned together at the end, see
         `calibrate.tune`; None leaves that out.
+      low_rank: bits a weight, on average, for products of low rank beside the layers, see
+        `calibrate.compensate`; 0 for none. Not beside nested precisions.
 
     Returns:
       A `CalibrationReport`; printed, a table. Layers that no input reaches, or whose inputs are no
@@ -93,6 +98,10 @@ def calibrate_model(
     method = Method() if method is None else method
     if method.nested and store is None:
         raise ValueError("store must be given where Method.nested is: it keeps the scales for that")
+    if method.nested and low_rank:
+        raise ValueError("low_rank must be 0 where Method.nested is: factors are for one precision")
+    if low_rank < 0:
+        raise ValueError(f"low_rank must be at least 0, got {low_rank!r}")
     calibration = Calibration(
         model,
         rules,
@@ -103,6 +112,7 @@ def calibrate_model(
         store=store,
         links=tuple(links),
         tuning=tuning,
+        low_rank=low_rank,
     )
     calibration.run()
     return CalibrationReport(calibration.model, tuple(calibration.done))

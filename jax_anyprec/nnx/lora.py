@@ -60,11 +60,27 @@ def pissa(linear: nnx.Linear, rank: int, quantization: Quantization) -> nnx.LoRA
     check_float_layer(linear, nnx.Linear, "linear")
     _check_matrix(linear)
     a, b, rest = principal_factors(linear.kernel[...], rank)
+    return with_factors(_pack(linear, rest, quantization), a, b)
+
+
+def with_factors(base: QuantLinear, a: jax.Array, b: jax.Array) -> nnx.LoRA:
+    """An adapter of given factors, ``float[K, rank]`` and ``float[rank, N]`` of one dtype.
+
+    Raises:
+      ValueError: they don't fit the layer.
+    """
+    _check_matrix(base)
+    k, n = base.kernel.get_value().shape
+    if a.ndim != 2 or a.shape != (k, b.shape[0]) or b.shape[1:] != (n,):
+        raise ValueError(
+            f"a and b must be ({k}, rank) and (rank, {n}) for this layer, got {a.shape}, {b.shape}"
+        )
     return _adapter(
-        _pack(linear, rest, quantization),
-        rank,
+        base,
+        b.shape[0],
         a_initializer=lambda *_: a,
         b_initializer=lambda *_: b,
+        param_dtype=a.dtype,
         rngs=nnx.Rngs(0),  # unused, but LoRA asks for it
     )
 
@@ -93,13 +109,13 @@ def _pack(layer: Any, kernel: jax.Array, quantization: Quantization, **options: 
 
 
 def _adapter(base: QuantLinear, rank: int, **options: Any) -> nnx.LoRA:
+    options.setdefault("param_dtype", base.param_dtype)
     return nnx.LoRA(
         base.in_features,
         rank,
         base.out_features,
         base_module=base,
         dtype=base.dtype,
-        param_dtype=base.param_dtype,
         promote_dtype=base.promote_dtype,
         **options,
     )
