@@ -158,7 +158,7 @@ def weights(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
 
 
 def low_rank(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
-    """3.5 bits in two ways: products of low rank beside 3 bits in groups of 64, or smaller groups."""
+    """3.5 bits in two ways: 3 bits in groups of 64 and products of low rank, or groups of 32."""
 
     def prepare(model: Any, group: int, bits: float) -> None:
         rules = default_rules(model, 3, activations=None, group_size=group)
