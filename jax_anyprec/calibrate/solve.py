@@ -108,9 +108,13 @@ def solve(
     grids = (grid, *(grid.truncated(bits) for bits in method.below(grid.bits)))
     codes, all_scales = _gptq(grids, target, moment)
     refit = functools.partial(_refit, weights=target, moment=moment)
-    for _ in range(method.sweeps):
-        all_scales = tuple(map(functools.partial(refit, codes=codes), grids, all_scales))
-        codes = _descend(grids, target, moment, codes, all_scales)
+
+    def sweep(_: int, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        codes, scales = state
+        scales = tuple(map(functools.partial(refit, codes=codes), grids, scales))
+        return _descend(grids, target, moment, codes, scales), scales
+
+    codes, all_scales = jax.lax.fori_loop(0, method.sweeps, sweep, (codes, all_scales))
     lower = tuple(map(functools.partial(refit, codes=codes), grids[1:], all_scales[1:]))
     values = grid.values(codes, all_scales[0])[:k]
     stored = [each.T.astype(quantization.scale_dtype) for each in (all_scales[0], *lower)]
