@@ -302,6 +302,30 @@ def test_quantize_by_a_budget(tmp_path):
     assert "128 of 128 tokens to tune on leave no window of 64 to calibrate on" in none.stderr
 
 
+def test_quantize_for_fewer_bits_too(tmp_path):
+    folder, options = tmp_path / "nested", ("--tokens", 192, "--context", 64, "--group-size", 32)
+    run("quantize", folder, "--bits", 4, "--nested", 2, "--tune", 64, *options)
+    settings = [str(folder), f"{folder}@2"]
+    given = [part for each in settings for part in ("--calibrated", each)]
+    results = run_json("eval", *given, "--tokens", 64, "--context", 64)["results"]
+    assert [r["setting"] for r in results] == settings
+    assert 0 < results[0]["kl"] < results[1]["kl"]
+    answer = run_json("generate", "hello", "--calibrated", settings[1], "--max-tokens", 3)
+    assert 2 < answer["bits_per_linear_weight"] < 3
+    other = run("generate", "hello", "--calibrated", f"{folder}@3", code=1)
+    assert "bits must be None or one that" in other.stderr
+    missing = run("generate", "hello", "--calibrated", tmp_path / "none@2", code=2)
+    assert "must be a folder, or a folder@BITS" in missing.stderr
+
+
+def test_quantize_with_products_of_low_rank(tmp_path):
+    options = ("--tokens", 128, "--tune", 0, "--context", 64, "--group-size", 32)
+    facts = run_json("quantize", tmp_path / "more", "--bits", 2, "--low-rank", 1, *options)
+    assert 3 < facts["bits_per_linear_weight"] <= 3.5
+    answer = run_json("generate", "hello", "--calibrated", tmp_path / "more", "--max-tokens", 3)
+    assert answer["bits_per_linear_weight"] == facts["bits_per_linear_weight"]
+
+
 @pytest.mark.parametrize("command", [None, *cli.cli.commands])
 def test_help_has_examples(command):
     arguments = [command, "--help"] if command else ["--help"]
