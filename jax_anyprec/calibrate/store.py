@@ -228,7 +228,8 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads((path / INDEX).read_text())
         if index["format"] != FORMAT or not isinstance(index["parts"], dict):
             raise KeyError("format")
-        index.setdefault("nested", [])  # calibrations from before there were any
+        if not isinstance(index.setdefault("nested", []), list):  # older ones have none
+            raise KeyError("nested")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / INDEX} is no index of a calibration: {error}") from None
     return index
