@@ -157,15 +157,19 @@ def weights(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
             yield f"W{bits}, {name}", functools.partial(prepare, bits=bits, nearest=nearest)
 
 
-def low_rank(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
-    """3.5 bits in two ways: 3 bits in groups of 64 and products of low rank, or groups of 32."""
+def low_rank(data: np.ndarray, _: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """Products of low rank beside weights that are rounded to nearest, in groups of 64."""
 
-    def prepare(model: Any, group: int, bits: float) -> None:
-        rules = default_rules(model, 3, activations=None, group_size=group)
-        calibrate_decoder(model, data, rules, tuning=decoder_tuning(others), low_rank=bits)
+    def prepare(model: Any, bits: int, extra: float) -> None:
+        ap.quantize_model(model, default_rules(model, bits, activations=None))
+        if extra:
+            batches = batches_of(data)
+            ap.calibrate.compensate(model, load().model, batches, extra, call=hidden)
 
-    yield "W3, groups of 64, low rank", functools.partial(prepare, group=64, bits=0.25)
-    yield "W3, groups of 32", functools.partial(prepare, group=32, bits=0.0)
+    for bits in (4, 3):
+        for extra in (0.0, 0.25):
+            name = f"W{bits}, round to nearest, low rank of {extra} bits a weight"
+            yield name, functools.partial(prepare, bits=bits, extra=extra)
 
 
 def nested(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:

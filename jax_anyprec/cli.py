@@ -495,13 +495,6 @@ def evaluate(
     help="Fewer bits at which the same weights are to serve too, by their first planes and with "
     "scales of their own; may be given more than once. More bits lose a little by it.",
 )
-@click.option(
-    "--low-rank",
-    type=click.FloatRange(0),
-    default=0.0,
-    show_default=True,
-    help="Bits a weight for products of low rank beside the layers, which make up for rounding.",
-)
 @json_option
 def quantize_command(
     output: Path,
@@ -514,7 +507,6 @@ def quantize_command(
     context: int,
     tune: int,
     nested: tuple[int, ...],
-    low_rank: float,
     as_json: bool,
 ) -> None:
     """Calibrate a decoder's weights on text, and keep them in the folder OUTPUT.
@@ -572,7 +564,6 @@ def quantize_command(
                 store=output,
                 tuning=tuning,
                 method=Method(nested=nested),
-                low_rank=low_rank,
             )
     facts = {
         "model": loaded.name,

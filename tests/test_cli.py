@@ -318,14 +318,6 @@ def test_quantize_for_fewer_bits_too(tmp_path):
     assert "must be a folder, or a folder@BITS" in missing.stderr
 
 
-def test_quantize_with_products_of_low_rank(tmp_path):
-    options = ("--tokens", 128, "--tune", 0, "--context", 64, "--group-size", 32)
-    facts = run_json("quantize", tmp_path / "more", "--bits", 2, "--low-rank", 1, *options)
-    assert 3 < facts["bits_per_linear_weight"] <= 3.5
-    answer = run_json("generate", "hello", "--calibrated", tmp_path / "more", "--max-tokens", 3)
-    assert answer["bits_per_linear_weight"] == facts["bits_per_linear_weight"]
-
-
 @pytest.mark.parametrize("command", [None, *cli.cli.commands])
 def test_help_has_examples(command):
     arguments = [command, "--help"] if command else ["--help"]

@@ -8,8 +8,8 @@ from flax import nnx
 from test_calibrate import Model, batches, inputs, leaves, relative
 
 import jax_anyprec as ap
-from jax_anyprec.calibrate import Method, Tuning, calibrate_model, compensate, load_calibrated
-from jax_anyprec.calibrate.compensate import DAMPING, put_factors
+from jax_anyprec.calibrate import compensate, put_factors
+from jax_anyprec.calibrate.compensate import DAMPING
 from jax_anyprec.models import weight_bytes
 
 LOW = ap.Quantization(weights=2, activations=None, group_size=32, scale_dtype="float16")
@@ -68,31 +68,19 @@ def test_ranks_go_where_they_save_most():
     assert size.bits_per_linear_weight == pytest.approx(2.5 + 128 * 16 * sum(ranks.values()) / 8192)
 
 
-def test_models_gain_and_load(tmp_path):
+def test_models_gain_and_are_kept(tmp_path):
     data = batches()
-    exact = Model()(data[-1])
-    lost, made = {}, {}
-    for bits in (0.0, 1.0):
-        options = {"store": tmp_path / str(bits), "tuning": Tuning(batches(2)), "low_rank": bits}
-        steps = []
-        report = calibrate_model(
-            Model(),
-            LOW,
-            data[:-1],
-            progress=lambda *step, steps=steps: steps.append(step),
-            **options,
-        )
-        made[bits], lost[bits] = report.model, relative(report.model(data[-1]), exact)
-        assert steps[-1][0] == steps[-1][1]
-        again = calibrate_model(Model(), LOW, data[:-1], **options).model
-        loaded = load_calibrated(Model(), tmp_path / str(bits))
-        for other in (again, loaded):
-            for a, b in zip(leaves(made[bits]), leaves(other), strict=True):
-                np.testing.assert_array_equal(a, b)
-    assert lost[1.0] < 0.9 * lost[0.0]
-    (tmp_path / "1.0" / "factors.safetensors").write_bytes(b"")
-    with pytest.raises(ap.CheckpointError):
-        load_calibrated(Model(), tmp_path / "1.0")
+    exact, model = Model()(data[-1]), ap.quantize_model(Model(), LOW)
+    rounded = relative(model(data[-1]), exact)
+    steps = []
+    found = compensate(model, Model(), data[:-1], 1.0, progress=lambda *step: steps.append(step))
+    assert steps == [(i, 10) for i in range(1, 11)]
+    assert relative(model(data[-1]), exact) < 0.9 * rounded
+    ap.save(tmp_path / "factors.safetensors", found)
+    other = ap.quantize_model(Model(), LOW)
+    put_factors(other, ap.load(tmp_path / "factors.safetensors"))
+    for a, b in zip(leaves(model), leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_bad_input():
@@ -105,7 +93,3 @@ def test_bad_input():
         put_factors(model, {"other": (jnp.zeros((96, 2)), jnp.zeros((2, 64)))})
     with pytest.raises(ValueError, match=r"a and b must be \(96, rank\) and \(rank, 64\)"):
         put_factors(model, {"layer": (jnp.zeros((96, 2)), jnp.zeros((3, 64)))})
-    with pytest.raises(ValueError, match="low_rank must be at least 0, got -1"):
-        calibrate_model(One(), LOW, data, low_rank=-1)
-    with pytest.raises(ValueError, match=r"low_rank must be 0 where Method\.nested is"):
-        calibrate_model(One(), LOW, data, low_rank=1, method=Method(nested=(1,)), store="not made")

@@ -9,7 +9,7 @@ from typing import Any
 from ..rules import Rules
 from .allocate import Allocation, Costs, allocate_bits, measure_costs
 from .blocks import call_plainly
-from .compensate import compensate
+from .compensate import compensate, put_factors
 from .report import CalibratedLayer, CalibrationReport
 from .sensitivity import projected_loss, sampled_loss
 from .smooth import Link, smooth
@@ -32,6 +32,7 @@ __all__ = [
     "load_calibrated",
     "measure_costs",
     "projected_loss",
+    "put_factors",
     "relative_error",
     "sampled_loss",
     "smooth",
@@ -50,7 +51,6 @@ def calibrate_model(
     store: str | os.PathLike[str] | None = None,
     links: Iterable[Link] = (),
     tuning: Tuning | None = None,
-    low_rank: float = 0.0,
 ) -> CalibrationReport:
     """Quantize a model so that its outputs change least on `batches`.
 
@@ -73,8 +73,6 @@ def calibrate_model(
         activations have fewer than 8 bits.
       tuning: how scales, norms and biases of the whole model are tuned together at the end, see
         `calibrate.tune`; None leaves that out.
-      low_rank: bits a weight, on average, for products of low rank beside the layers, see
-        `calibrate.compensate`; 0 for none. Not beside nested precisions.
 
     Returns:
       A `CalibrationReport`; printed, a table. Layers that no input reaches, or whose inputs are no
@@ -98,10 +96,6 @@ def calibrate_model(
     method = Method() if method is None else method
     if method.nested and store is None:
         raise ValueError("store must be given where Method.nested is: it keeps the scales for that")
-    if method.nested and low_rank:
-        raise ValueError("low_rank must be 0 where Method.nested is: factors are for one precision")
-    if low_rank < 0:
-        raise ValueError(f"low_rank must be at least 0, got {low_rank!r}")
     calibration = Calibration(
         model,
         rules,
@@ -112,7 +106,6 @@ def calibrate_model(
         store=store,
         links=tuple(links),
         tuning=tuning,
-        low_rank=low_rank,
     )
     calibration.run()
     return CalibrationReport(calibration.model, tuple(calibration.done))

@@ -22,7 +22,6 @@ from ..quantization import Quantization
 from ..rules import Rules
 from ..tensor import QuantizedTensor
 from .blocks import Blocks, Call, find_blocks
-from .compensate import compensate, put_factors
 from .moments import Moments, add
 from .observe import Run, input_of, inputs_of, order
 from .report import CalibratedLayer
@@ -80,7 +79,6 @@ class Calibration:
       store: where parts that are done are kept and found, or None.
       links: channels that are made alike in size before anything else.
       tuning: how all layers are tuned together at the end, or None.
-      low_rank: bits a weight that products of low rank beside the layers may take; 0 for none.
     """
 
     def __init__(
@@ -95,7 +93,6 @@ class Calibration:
         store: str | os.PathLike[str] | None,
         links: tuple[Link, ...] = (),
         tuning: Tuning | None = None,
-        low_rank: float = 0.0,
     ):
         self.todo = {f.layer.path: each for f, each in quantized_by(model, rules)}
         self.done: list[CalibratedLayer] = []
@@ -108,9 +105,6 @@ class Calibration:
             tuning = dataclasses.replace(tuning, batches=steps)
             self.total += len(steps) * len(self._precisions)
         self.tuning = tuning
-        self.low_rank = low_rank
-        if low_rank:
-            self.total += len(self.todo)
         self._nested: dict[str, dict[str, jax.Array]] = {}  # scales for fewer bits, by layer
         self._store = None if store is None else Store(store, self._key(links), method.below(most))
         if links:
@@ -122,9 +116,6 @@ class Calibration:
         self._run_blocks()
         self._part("", self._run_rest)
         done = len(self.done)
-        if self.low_rank:
-            self._compensate(done)
-            done *= 2
         if self.tuning:
             for i, bits in enumerate(self._precisions):
                 self._tune(self.tuning, bits, done + i * len(self.tuning.batches or ()))
@@ -168,24 +159,6 @@ class Calibration:
             coming = {f"{path}/kernel" for path in self.todo}
             self._store.keep({path: v for path, v in changed.items() if path not in coming})
 
-    def _compensate(self, done: int) -> None:
-        """Put products of low rank beside the layers, or take those of the store."""
-        factors = None if self._store is None else self._store.factors
-        if factors is not None:
-            put_factors(self.model, factors)
-        else:
-            factors = compensate(
-                self.model,
-                self._reference,
-                self.batches,
-                self.low_rank,
-                call=self.call,
-                progress=lambda layers, _: self.progress(done + layers, self.total),
-            )
-            if self._store is not None:
-                self._store.keep_factors(factors)
-        self.progress(2 * done, self.total)
-
     def _tune(self, tuning: Tuning, bits: int | None, done: int) -> None:
         """Tune all layers together, at a nested precision if given; or take that from the store."""
 
@@ -209,8 +182,7 @@ class Calibration:
         """What the result depends on, in short."""
         tuning = self.tuning
         steps = tuning and (tuning.loss.__qualname__, tuning.rate)
-        settings = (self.todo, self.method, steps, self.low_rank, *links)
-        digest = hashlib.sha256(repr(settings).encode())
+        digest = hashlib.sha256(repr((self.todo, self.method, steps, *links)).encode())
         data = (self.batches, tuning and tuning.batches)
         for leaf in jax.tree.leaves((nnx.state(self.model), data)):
             digest.update(np.asarray(leaf).tobytes())

@@ -6,10 +6,8 @@ complete, so an interrupted calibration leaves the parts before. Other variables
 have changed, of norms before smoothed layers, are in ``variables.safetensors``, by path; numbers
 that were tuned when all layers were done (`calibrate.tune`) are in ``tuned.safetensors``.
 
-Products of low rank beside layers (`calibrate.compensate`) are in ``factors.safetensors``, by the
-layer's path. At nested precisions (`Method.nested`) first planes of the same weights are read, of 3
-bits say; a part has the scales for them beside each weight, and what was tuned is in
-``tuned-3.safetensors``.
+At nested precisions (`Method.nested`) first planes of the same weights are read, of 3 bits say; a
+part has the scales for them beside each weight, and what was tuned is in ``tuned-3.safetensors``.
 """
 
 from __future__ import annotations
@@ -30,21 +28,15 @@ from ..nnx.references import references
 from ..quantization import Quantization
 from ..safetensors import replace_files
 from ..tensor import QuantizedTensor
-from .compensate import put_factors
 from .report import CalibratedLayer
 from .tune import numbers, set_numbers
 
 INDEX = "index.json"
 VARIABLES = "variables.safetensors"
-FACTORS = "factors.safetensors"
 FORMAT = "jax_anyprec calibration 1"
 
 Weights = Mapping[str, jax.Array | QuantizedTensor]
 """Of one layer: "kernel", packed, "bias" where it has one, and "scales-3", say, to read 3 bits."""
-
-
-Factors = Mapping[str, Sequence[Any]]
-"""A and B, by path of the layer that their product is added to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +104,6 @@ class Store:
         """Add the numbers of `tuned`."""
         save(self.path / _tuned(bits), dict(values))
 
-    @property
-    def factors(self) -> Factors | None:
-        """Of products of low rank, by path of the layer; None before."""
-        return _factors(self.path) if (self.path / FACTORS).exists() else None
-
-    def keep_factors(self, factors: Factors) -> None:
-        """Add the `factors`."""
-        save(self.path / FACTORS, {path: list(pair) for path, pair in factors.items()})
-
     def keep(self, variables: Mapping[str, jax.Array]) -> None:
         """Variables that loading a calibration has to change, besides layers, by path."""
         save(self.path / VARIABLES, dict(variables))
@@ -153,11 +136,6 @@ def load_calibrated(
     if (path / VARIABLES).exists():
         _set_variables(model, load(path / VARIABLES), str(path))
     model = _put_all(model, index, path, bits)
-    if (path / FACTORS).exists():
-        try:
-            put_factors(model, _factors(path))
-        except ValueError as error:
-            raise CheckpointError(f"{path / FACTORS} is of another model: {error}") from None
     if (path / _tuned(bits)).exists():
         put_tuned(model, load(path / _tuned(bits)), str(path / _tuned(bits)))
     return model
@@ -210,13 +188,6 @@ def _set_variables(model: nnx.Module, values: Mapping[str, Any], source: str) ->
         if not isinstance(variable, nnx.Variable) or variable.shape != value.shape:
             raise CheckpointError(f"{source} is of another model: {path!r} differs")
         variable.set_value(value)
-
-
-def _factors(path: Path) -> Factors:
-    factors = load(path / FACTORS)
-    if not isinstance(factors, dict) or any(len(pair) != 2 for pair in factors.values()):
-        raise CheckpointError(f"{path / FACTORS} must have two factors for each layer")
-    return factors
 
 
 def _new_index(key: str, nested: Sequence[int]) -> dict[str, Any]:
