@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,31 +100,29 @@ def solve(
     moment, target = _problem(weights, moments, method)
     pad = -k % BLOCK  # rows that are not there, whose values are 0
     group_size = quantization.group_size or k + pad
-    grid = _Grid(
-        k, quantization.weights, group_size, quantization.scale_method, quantization.scale_dtype
-    )
-    target = jnp.pad(target, ((0, pad), (0, 0)))
+    bits = (quantization.weights, *method.below(quantization.weights))
+    grid = _Grid(k, bits, group_size, quantization.scale_method, quantization.scale_dtype)
     moment = jax.scipy.linalg.block_diag(moment, jnp.eye(pad)) if pad else moment
-    grids = (grid, *(grid.truncated(bits) for bits in method.below(grid.bits)))
-    codes, all_scales = _gptq(grids, target, moment)
-    refit = functools.partial(_refit, weights=target, moment=moment)
+    every = grid.each(jnp.pad(target, ((0, pad), (0, 0))))
+    codes, scales = _gptq(grid, every, moment)
 
-    def sweep(_: int, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+    def sweep(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         codes, scales = state
-        scales = tuple(map(functools.partial(refit, codes=codes), grids, scales))
-        return _descend(grids, target, moment, codes, scales), scales
+        scales = _refit(grid, every, moment, codes, scales)
+        return _descend(grid, every, moment, codes, scales), scales
 
-    codes, all_scales = jax.lax.fori_loop(0, method.sweeps, sweep, (codes, all_scales))
-    lower = tuple(map(functools.partial(refit, codes=codes), grids[1:], all_scales[1:]))
-    values = grid.values(codes, all_scales[0])[:k]
-    stored = [each.T.astype(quantization.scale_dtype) for each in (all_scales[0], *lower)]
+    codes, scales = jax.lax.fori_loop(0, method.sweeps, sweep, (codes, scales))
+    n = weights.shape[1]
+    values = grid.values(codes, scales)[:k, :n]
+    stored = scales.T.astype(quantization.scale_dtype)
+    lower = _refit(grid, every, moment, codes, scales).T.astype(quantization.scale_dtype)
     return Solution(
         codes[:k],
-        stored[0],
+        stored[:n],
         weights - values,
         (moments.reference_sum @ weights - moments.own_sum @ values) / moments.rows,
-        _energy(moments.own, target[:k] - values) / _energy(moments.own, target[:k]),
-        tuple(stored[1:]),
+        _energy(moments.own, target - values) / _energy(moments.own, target),
+        tuple(lower[i * n : (i + 1) * n] for i in range(1, len(bits))),
     )
 
 
@@ -183,108 +181,111 @@ def _lasting(weights: jax.Array, moments: Moments, method: Method) -> jax.Array:
 class _Grid:
     """The values that a column may have: K rows, padded to whole groups.
 
-    Codes have `dropped` low bits more than the values heed.
+    Codes are of the first of `bits`, and are read at each. What they stand for at all of them lies
+    side by side, a column for each and each of N outputs: P N columns.
     """
 
     k: int
-    bits: int
+    bits: tuple[int, ...]
     group_size: int
     scales: str
     scale_dtype: str
-    dropped: int = 0
 
-    def truncated(self, bits: int) -> _Grid:
-        """Of the first `bits` planes."""
-        return dataclasses.replace(self, bits=bits, dropped=self.bits - bits)
+    def each(self, x: jax.Array) -> jax.Array:
+        """``[..., N]`` once for each number of bits, ``[..., P N]``."""
+        return jnp.concatenate([x] * len(self.bits), axis=-1)
 
     def choose(self, rows: jax.Array) -> jax.Array:
-        """Scales ``float32[N]`` for the rows ``[group_size, N]`` of a group."""
+        """Scales ``float32[P N]`` for the rows ``[group_size, P N]`` of a group, which are alike.
+
+        Cells of fewer bits are made of those of more, so a mean of what each would choose is taken.
+        """
         # Transposed once, and not anew by each step of the search.
-        columns = jax.lax.optimization_barrier(rows.T)
-        return self.kept(choose_scales(columns, self.bits, self.scales))
+        n = rows.shape[1] // len(self.bits)
+        columns = jax.lax.optimization_barrier(rows[:, :n].T)
+        cells = [2.0 ** (self.bits[0] - bits) for bits in self.bits]
+        wishes = [
+            self.kept(choose_scales(columns, bits, self.scales)) / cell
+            for bits, cell in zip(self.bits, cells, strict=True)
+        ]
+        if len(wishes) == 1:
+            return wishes[0]
+        mean = math.prod(wishes[1:], start=wishes[0]) ** (1 / len(wishes))
+        return self.kept(jnp.concatenate([mean * cell for cell in cells]))
 
     def kept(self, scales: jax.Array) -> jax.Array:
         """Scales as they will be stored."""
         return scales.astype(self.scale_dtype).astype(jnp.float32)
 
     def encode(self, x: jax.Array, scales: jax.Array) -> jax.Array:
-        return fmt.encode(x, scales, self.bits)
+        """Codes ``[N]`` with values nearest to ``x [P N]``, errors as parts of `DISTORTION`."""
+        if len(self.bits) == 1:
+            return fmt.encode(x, scales, self.bits[0])
+        codes = jnp.arange(2 ** self.bits[0], dtype=jnp.uint8)[:, None]
+        weight = jnp.array([1 / DISTORTION[bits] for bits in self.bits])
+        levels = self.integers(codes)[..., None] * scales.reshape(len(self.bits), -1)
+        errors = jnp.square(levels - x.reshape(len(self.bits), -1)) * weight[:, None]
+        return jnp.argmin(errors.sum(1), axis=0).astype(jnp.uint8)
+
+    def integers(self, codes: jax.Array) -> jax.Array:
+        """Codes ``[rows, N]`` as odd integers at all bits, ``int32[rows, P N]``."""
+        return jnp.concatenate(
+            [fmt.codes_to_ints(codes >> (self.bits[0] - bits), bits) for bits in self.bits], axis=-1
+        )
 
     def decode(self, codes: jax.Array, scales: jax.Array, first: jax.Array | int) -> jax.Array:
-        """Values of codes ``[rows, N]``, rows `first` and on; 0 past the last one."""
+        """Values ``[rows, P N]`` of codes ``[rows, N]``, rows `first` and on; 0 past the last."""
         there = first + jnp.arange(codes.shape[0])[:, None] < self.k
-        return jnp.where(there, fmt.codes_to_ints(codes >> self.dropped, self.bits) * scales, 0.0)
+        return jnp.where(there, self.integers(codes) * scales, 0.0)
 
     def values(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
-        """``float32[K, N]`` of all codes and scales ``[groups, N]``."""
+        """``float32[K, P N]`` of all codes and scales ``[groups, P N]``."""
         return self.decode(codes, jnp.repeat(scales, self.group_size, axis=0), 0)
-
-
-def _choose(grids: tuple[_Grid, ...], rows: jax.Array) -> list[jax.Array]:
-    """Scales ``float32[N]`` of all grids for the rows of a group, from what each would choose.
-
-    Cells of a truncated grid are those of the first, so a mean of all wishes is taken.
-    """
-    wishes = [grid.choose(rows) * 0.5**grid.dropped for grid in grids]
-    mean = math.prod(wishes[1:], start=wishes[0]) ** (1 / len(grids)) if wishes[1:] else wishes[0]
-    return [grid.kept(mean * 2**grid.dropped) for grid in grids]
 
 
 def _block_of(x: jax.Array, start: jax.Array, axis: int = 0) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, start, BLOCK, axis)
 
 
-def _gptq(
-    grids: tuple[_Grid, ...], weights: jax.Array, moment: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Codes ``[K, N]``, and scales ``[groups, N]`` of each grid.
-
-    Each row's error is carried to later rows, of each grid its own.
-    """
-    k, n = weights.shape
-    every, size = range(len(grids)), grids[0].group_size
+def _gptq(grid: _Grid, weights: jax.Array, moment: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Codes ``[K, N]`` and scales ``[groups, P N]``: each row's error is carried to later rows."""
+    k, columns = weights.shape
+    n = columns // len(grid.bits)
     factor = _inverse_factor(moment)
 
-    def round_group(group: jax.Array, state: Any) -> Any:
+    def round_group(group: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         weights, codes, scales = state
-        first = group * size
-        scale = _choose(grids, jax.lax.dynamic_slice_in_dim(weights[0], first, size))
+        first = group * grid.group_size
+        scale = grid.choose(jax.lax.dynamic_slice_in_dim(weights, first, grid.group_size))
 
-        def round_block(i: jax.Array, state: Any) -> Any:
+        def round_block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             weights, codes = state
             start = first + i * BLOCK
             local = _block_of(_block_of(factor, start), start, axis=1)
 
-            def round_row(j: jax.Array, state: Any) -> Any:
+            def round_row(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 rows, chosen, errors = state
-                code = _nearest(grids, [rows[p][j] for p in every], scale)
-                value = [grids[p].decode(code[None], scale[p], start + j)[0] for p in every]
-                error = [(rows[p][j] - value[p]) / local[j, j] for p in every]
+                code = grid.encode(rows[j], scale)
+                value = grid.decode(code[None], scale, start + j)[0]
+                error = (rows[j] - value) / local[j, j]
                 later = jnp.where(jnp.arange(BLOCK) > j, local[:, j], 0)
-                rows = tuple(rows[p] - later[:, None] * error[p] for p in every)
-                errors = tuple(errors[p].at[j].set(error[p]) for p in every)
-                return rows, chosen.at[j].set(code), errors
+                rows = rows - later[:, None] * error
+                return rows, chosen.at[j].set(code), errors.at[j].set(error)
 
-            begin = (
-                tuple(_block_of(each, start) for each in weights),
-                jnp.zeros((BLOCK, n), jnp.uint8),
-                tuple(jnp.zeros((BLOCK, n)) for _ in every),
-            )
+            zeros = jnp.zeros((BLOCK, n), jnp.uint8), jnp.zeros((BLOCK, columns))
+            begin = (_block_of(weights, start), *zeros)
             _, chosen, errors = jax.lax.fori_loop(0, BLOCK, round_row, begin)
             later = jnp.arange(k)[:, None] >= start + BLOCK
             carried = jnp.where(later, _block_of(factor, start, axis=1), 0)
             codes = jax.lax.dynamic_update_slice_in_dim(codes, chosen, start, 0)
-            return tuple(weights[p] - carried @ errors[p] for p in every), codes
+            return weights - carried @ errors, codes
 
-        weights, codes = jax.lax.fori_loop(0, size // BLOCK, round_block, (weights, codes))
-        return weights, codes, tuple(scales[p].at[group].set(scale[p]) for p in every)
+        blocks = grid.group_size // BLOCK
+        weights, codes = jax.lax.fori_loop(0, blocks, round_block, (weights, codes))
+        return weights, codes, scales.at[group].set(scale)
 
-    groups = k // size
-    begin = (
-        (weights,) * len(grids),
-        jnp.zeros((k, n), jnp.uint8),
-        tuple(jnp.zeros((groups, n)) for _ in every),
-    )
+    groups = k // grid.group_size
+    begin = (weights, jnp.zeros((k, n), jnp.uint8), jnp.zeros((groups, columns)))
     _, codes, scales = jax.lax.fori_loop(0, groups, round_group, begin)
     return codes, scales
 
@@ -297,9 +298,9 @@ def _inverse_factor(moment: jax.Array) -> jax.Array:
 
 
 def _refit(
-    grid: _Grid, scales: jax.Array, *, weights: jax.Array, moment: jax.Array, codes: jax.Array
+    grid: _Grid, weights: jax.Array, moment: jax.Array, codes: jax.Array, scales: jax.Array
 ) -> jax.Array:
-    """The best scales ``[groups, N]`` for these codes: for each column, a system of equations."""
+    """The best scales ``[groups, P N]`` for these codes: for each column, a system of equations."""
     groups, n = scales.shape
     q = grid.values(codes, jnp.ones_like(scales)).reshape(groups, grid.group_size, n)
     wanted = (q * (moment @ weights).reshape(q.shape)).sum(1)
@@ -318,62 +319,29 @@ def _refit(
 
 
 def _descend(
-    grids: tuple[_Grid, ...],
-    weights: jax.Array,
-    moment: jax.Array,
-    codes: jax.Array,
-    scales: tuple[jax.Array, ...],
+    grid: _Grid, weights: jax.Array, moment: jax.Array, codes: jax.Array, scales: jax.Array
 ) -> jax.Array:
-    """Codes after each was moved once to its best value, all others as they are by then.
+    """Codes after each was moved once to its best value, all others as they are by then."""
+    k, columns = weights.shape
+    gradient = moment @ (grid.values(codes, scales) - weights)
 
-    Of several grids of the same codes, the sum of errors in proportion to `DISTORTION` is lowered.
-    """
-    k, n = weights.shape
-    every = range(len(grids))
-    gradients = tuple(
-        moment @ (g.values(codes, s) - weights) for g, s in zip(grids, scales, strict=True)
-    )
-
-    def move_block(i: jax.Array, state: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
-        gradients, codes = state
+    def move_block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        gradient, codes = state
         start = i * BLOCK
-        scale = [each[start // grids[0].group_size] for each in scales]
+        scale = scales[start // grid.group_size]
         local = _block_of(_block_of(moment, start), start, axis=1)
 
-        def move_row(j: jax.Array, state: tuple[Any, jax.Array, Any]) -> tuple[Any, jax.Array, Any]:
+        def move_row(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             slopes, chosen, moves = state
-            value = [grids[p].decode(chosen[j][None], scale[p], start + j)[0] for p in every]
-            wanted = [value[p] - slopes[p][j] / local[j, j] for p in every]
-            code = _nearest(grids, wanted, scale)
-            new = [grids[p].decode(code[None], scale[p], start + j)[0] for p in every]
-            move = [new[p] - value[p] for p in every]
-            slopes = tuple(slopes[p] + local[:, j][:, None] * move[p] for p in every)
-            moves = tuple(moves[p].at[j].set(move[p]) for p in every)
-            return slopes, chosen.at[j].set(code), moves
+            value = grid.decode(chosen[j][None], scale, start + j)[0]
+            code = grid.encode(value - slopes[j] / local[j, j], scale)
+            move = grid.decode(code[None], scale, start + j)[0] - value
+            slopes = slopes + local[:, j][:, None] * move
+            return slopes, chosen.at[j].set(code), moves.at[j].set(move)
 
-        begin = (
-            tuple(_block_of(each, start) for each in gradients),
-            _block_of(codes, start),
-            tuple(jnp.zeros((BLOCK, n)) for _ in every),
-        )
+        begin = (_block_of(gradient, start), _block_of(codes, start), jnp.zeros((BLOCK, columns)))
         _, chosen, moves = jax.lax.fori_loop(0, BLOCK, move_row, begin)
         codes = jax.lax.dynamic_update_slice_in_dim(codes, chosen, start, 0)
-        carried = _block_of(moment, start, axis=1)
-        return tuple(gradients[p] + carried @ moves[p] for p in every), codes
+        return gradient + _block_of(moment, start, axis=1) @ moves, codes
 
-    return jax.lax.fori_loop(0, k // BLOCK, move_block, (gradients, codes))[1]
-
-
-def _nearest(
-    grids: tuple[_Grid, ...], wanted: list[jax.Array], scales: list[jax.Array]
-) -> jax.Array:
-    """Codes ``[N]`` whose values on all grids are nearest to what is `wanted` there, ``[N]``."""
-    if len(grids) == 1:
-        return grids[0].encode(wanted[0], scales[0])
-    codes = jnp.arange(2 ** grids[0].bits, dtype=jnp.uint8)[:, None]
-    errors = [
-        jnp.square(fmt.codes_to_ints(codes >> grid.dropped, grid.bits) * scale - want)
-        / DISTORTION[grid.bits]
-        for grid, want, scale in zip(grids, wanted, scales, strict=True)
-    ]
-    return jnp.argmin(sum(errors), axis=0).astype(jnp.uint8)
+    return jax.lax.fori_loop(0, k // BLOCK, move_block, (gradient, codes))[1]
