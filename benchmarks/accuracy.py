@@ -198,9 +198,9 @@ def nested(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
             if isinstance(each.node, Packed):
                 each.node.set_value(each.node.get_value().truncate(bits))
 
-    for bits in (4, 3, 2):
-        yield f"W{bits} of W4 for 3 and 2", functools.partial(serving, bits=bits % 4 or None)
-    for bits in (4, 3, 2):
+    for bits in (None, 3, 2):
+        yield f"W{bits or 4} of W4 for 3 and 2", functools.partial(serving, bits=bits)
+    for bits in (3, 2):  # all 4 are `weights`'
         yield f"W{bits} of W4 alone", functools.partial(truncated, bits=bits)
 
 

@@ -18,17 +18,15 @@ __device__ inline int index_of(int first, int run, int lane) {
   return first + (run * 32 + lane) * kValues;
 }
 
-// Values of a row of k, from index `first` on, zeros past k: kCount runs of each lane. No branch
-// lies between the reads of runs, so that all are under way at once. With `kEight` k must be a
-// multiple of eight.
-template <bool kEight, typename T, int kCount>
-__device__ inline void load_runs(const T* x, bool half, int k, int first, int lane,
-                                 float (&v)[kCount][kValues]) {
+// A chunk of a row of k values, zeros past k. No branch lies between the reads of its runs, so that
+// all are under way at once. With `kEight` k must be a multiple of eight.
+template <bool kEight, typename T>
+__device__ inline void load_chunk(const T* x, bool half, int k, int first, int lane, Chunk& v) {
   constexpr int kWidth = std::min<int>(kValues, 16 / sizeof(T)), kPacks = kValues / kWidth;
-  Pack<T, kWidth> packs[kCount][kPacks] = {};
+  Pack<T, kWidth> packs[kRuns][kPacks] = {};
   bool aligned = kEight || k % kValues == 0;  // rows begin and end with eight
 #pragma unroll
-  for (int r = 0; r < kCount; ++r) {
+  for (int r = 0; r < kRuns; ++r) {
     int at = index_of(first, r, lane);
     if (!aligned || at >= k) continue;
 #pragma unroll
@@ -38,25 +36,25 @@ __device__ inline void load_runs(const T* x, bool half, int k, int first, int la
   }
   if (!aligned) {
 #pragma unroll
-    for (int i = 0; i < kCount * kValues; ++i) {
+    for (int i = 0; i < kRuns * kValues; ++i) {
       int at = index_of(first, i / kValues, lane) + i % kValues;
       T value = x[min(at, k - 1)];
       packs[i / kValues][i % kValues / kWidth].x[i % kWidth] = at < k ? value : T{};
     }
   }
 #pragma unroll
-  for (int i = 0; i < kCount * kValues; ++i) {
+  for (int i = 0; i < kRuns * kValues; ++i) {
     v[i / kValues][i % kValues] =
         to_float(packs[i / kValues][i % kValues / kWidth].x[i % kWidth], half);
   }
 }
 
 // Of row `row` of `rows`.
-template <bool kEight, int kCount>
+template <bool kEight>
 __device__ inline void load_row(DType dtype, const void* rows, int row, int k, int first, int lane,
-                                float (&v)[kCount][kValues]) {
+                                Chunk& v) {
   with_values(dtype, rows, [&](auto* x, bool half) {
-    load_runs<kEight>(x + int64_t{row} * k, half, k, first, lane, v);
+    load_chunk<kEight>(x + int64_t{row} * k, half, k, first, lane, v);
   });
 }
 
@@ -119,8 +117,8 @@ __device__ inline void apply_before(const Prologue& p, int row, float root, int 
                                     Chunk& v) {
   bool gated = p.before == Before::kSwiGlu;
   Chunk by;
-  load_row<kEight>(gated ? p.dtype : DType::kF32, gated ? p.x : p.norm_scale, gated ? 2 * row + 1 : 0, p.k,
-           first, lane, by);
+  load_row<kEight>(gated ? p.dtype : DType::kF32, gated ? p.x : p.norm_scale,
+                   gated ? 2 * row + 1 : 0, p.k, first, lane, by);
   if (gated) {
     for_values(v, [&](float x, int r, int i) { return __fmul_rn(silu(x), by[r][i]); });
   } else {
@@ -134,7 +132,7 @@ __device__ inline void apply_before(const Prologue& p, int row, float root, int 
 
 // --- rotations ---
 
-// Sums and differences of the values of a lane that are kRuns, or values of a run, `kApart` apart.
+// Sums and differences of values of a lane that are `kApart` apart: runs, or values of a run.
 template <int kApart, bool kOfRuns>
 __device__ inline void butterfly(Chunk& v) {
 #pragma unroll

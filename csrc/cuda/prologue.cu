@@ -8,8 +8,8 @@
       name(const __grid_constant__ anyprec::cuda::Prologue p) {                            \
     extern __shared__ float pieces[];                                                      \
     anyprec::cuda::begin_next_launch(); /* the product, whose weights don't wait for this */ \
-    anyprec::cuda::lay_out_row<anyprec::cuda::Output::output, given, false>(p, blockIdx.x,   \
-                                                                            pieces);        \
+    anyprec::cuda::lay_out_row<anyprec::cuda::Output::output, given, false>(                 \
+        p, blockIdx.x, pieces);                                                              \
   }
 ANYPREC_PROLOGUES(ANYPREC_DEFINE_PROLOGUE)
 

@@ -99,14 +99,15 @@ class Calibration:
         self.model, self.batches, self.method = model, batches, method
         self.call, self.progress, self.total = call, progress, len(self.todo)
         most = max((each.weights or 0 for each in self.todo.values()), default=0)
-        self._precisions = (None, *method.below(most))  # None is that of the weights
+        nested = method.below(most)
+        self._precisions = (None, *nested)  # None is that of the weights
         if tuning is not None:
             steps = batches if tuning.batches is None else tuning.batches
             tuning = dataclasses.replace(tuning, batches=steps)
             self.total += len(steps) * len(self._precisions)
         self.tuning = tuning
         self._nested: dict[str, dict[str, jax.Array]] = {}  # scales for fewer bits, by layer
-        self._store = None if store is None else Store(store, self._key(links), method.below(most))
+        self._store = None if store is None else Store(store, self._key(links), nested)
         if links:
             self._smooth(links)
         self._reference = nnx.clone(model)
