@@ -236,6 +236,26 @@ def ablation(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
     yield "not rotated, all of it", functools.partial(calibrated, method=method(), rotate=False)
 
 
+def offsets(data: np.ndarray, _: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """Calibrated weights, not tuned: groups of 64 with offsets or, of equal bits, of 32 without."""
+
+    def prepare(model: Any, bits: int, rotate: bool, centred: bool) -> None:
+        size = 32 if centred else 64
+        rules = [
+            (path, dataclasses.replace(each, rotate=rotate, offsets=not centred))
+            for path, each in default_rules(model, bits, activations=None, group_size=size)
+        ]
+        calibrate_decoder(model, data, rules)
+
+    for bits in (4, 3, 2):
+        for rotate in BOTH:
+            for centred in BOTH:
+                name = "groups of 32" if centred else "groups of 64, offsets"
+                turned = "rotated" if rotate else "not rotated"
+                run = functools.partial(prepare, bits=bits, rotate=rotate, centred=centred)
+                yield f"W{bits}, {turned}, {name}", run
+
+
 def activations(
     data: np.ndarray, others: np.ndarray, method: str = ""
 ) -> Iterator[tuple[str, Any]]:
@@ -321,6 +341,7 @@ PARTS: dict[str, Callable[[np.ndarray, np.ndarray], Iterator[tuple[str, Any]]]] 
     "weights": weights,
     "nested": nested,
     "low rank": low_rank,
+    "offsets": offsets,
     "ablation": ablation,
     "activations": activations,
     "activations smoothed": functools.partial(activations, method="smoothed"),

@@ -223,6 +223,8 @@ def describe(quantization: Quantization) -> str:
         parts.append("token scales")
     if quantization.scale_dtype != "float32":
         parts.append(f"{quantization.scale_dtype} scales")
+    if quantization.offsets:
+        parts.append("offsets")
     return " ".join(parts)
 
 

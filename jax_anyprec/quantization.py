@@ -29,6 +29,8 @@ class Quantization:
         see `scale_method`.
       act_scales: one activation scale per "token", or per token and "group".
       scale_dtype: of the weight scales: "float32", "float16" or "bfloat16".
+      offsets: whether weights have an offset for each scale, so that their grid need not be centred
+        on zero. Stored in `scale_dtype`, it costs as much as smaller groups do.
     """
 
     weights: int | None = None
@@ -38,6 +40,7 @@ class Quantization:
     scales: Literal["mse", "absmax"] | None = None
     act_scales: Literal["group", "token"] = "group"
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    offsets: bool = False
 
     def __post_init__(self) -> None:
         for field in ("weights", "activations"):
@@ -54,9 +57,11 @@ class Quantization:
         ):  # fmt: skip
             if (value := getattr(self, field)) not in allowed:
                 raise ValueError(f"Quantization.{field} must be one of {allowed}, got {value!r}")
-        if self.weights is None and (self.group_size is not None or self.rotate or self.scales):
+        if self.weights is None and (
+            self.group_size is not None or self.rotate or self.scales or self.offsets
+        ):
             raise ValueError(
-                "group_size, rotate and scales need Quantization.weights (1 to 8); "
+                "group_size, rotate, scales and offsets need Quantization.weights (1 to 8); "
                 "weights=None takes the checkpoint's own"
             )
 
@@ -82,6 +87,7 @@ class Quantization:
             self.weights,
             group_size=self.group_size,
             scales=self.scale_method,
+            offsets=self.offsets,
             rotation=self.rotation(kernel.shape[-2]),
             scale_dtype=self.scale_dtype,
         )

@@ -40,9 +40,12 @@ def quantized(bits, group_size, k):
 def values(solution, bits):
     """The matrix of a solution, by NumPy."""
     q = 2 * np.asarray(solution.codes, np.float64) - (2**bits - 1)
-    k = len(q)
-    scales = np.asarray(solution.scales, np.float64)
-    return q * np.repeat(scales, k // scales.shape[1], axis=1).T
+    scales, offsets = solution.grid
+    scales = np.asarray(scales, np.float64)
+    centres = 0 * scales if offsets is None else np.asarray(offsets, np.float64)
+    centres = centres + (offsets is not None) * scales * (2**bits - 1)
+    scales, centres = (np.repeat(x, len(q) // x.shape[1], axis=1).T for x in (scales, centres))
+    return q * scales + centres
 
 
 def output_error(f, w, x, q):
@@ -77,7 +80,7 @@ def test_sweeps_reach_a_local_optimum():
     def cost(q):
         return np.einsum("kn,kl,ln->n", w - q, h, w - q)
 
-    scales = np.asarray(solution.scales, np.float64)[:, 0]
+    scales = np.asarray(solution.grid.scales, np.float64)[:, 0]
     for row, level in itertools.product(range(32), (-3, -1, 1, 3)):
         other = best.copy()
         other[row] = level * scales
@@ -118,8 +121,46 @@ def test_dead_and_constant_inputs():
     x, w = inputs(rng, 128, 64), rng.normal(size=(64, 8)).astype(np.float32)
     x[:, :5], x[:, 7] = 0, 1
     found = solve(jnp.asarray(w), moments_of(x, x), quantized(4, 64, 64), Method())
-    assert np.isfinite(np.asarray(found.scales, np.float32)).all()
+    assert np.isfinite(np.asarray(found.grid.scales, np.float32)).all()
     assert output_error(x, w, x, values(found, 4)) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("bits", "k", "group_size"), [(1, 64, 32), (2, 96, 32), (3, 50, 50), (8, 64, 64)]
+)
+def test_offsets(bits, k, group_size):
+    """Grids that are not centred on zero serve weights that are not; plain weights lose nothing."""
+    rng = np.random.default_rng(k)
+    x, w = inputs(rng, 512, k), rng.normal(size=(k, 24)).astype(np.float32)
+    centred = quantized(bits, group_size, k)
+    quantization = dataclasses.replace(centred, offsets=True)
+
+    def errors(w):
+        solutions = [solve(w, moments_of(x, x), q, Method()) for q in (quantization, centred)]
+        ours, other = (output_error(x, w, x, values(found, bits)) for found in solutions)
+        np.testing.assert_allclose(float(solutions[0].error), ours, rtol=0.02, atol=1e-5)
+        rounded = np.asarray(quantization.pack(jnp.asarray(w)).dequantize(), np.float64)
+        assert ours < 0.9 * output_error(x, w, x, rounded)
+        return ours, other
+
+    ours, other = errors(w)
+    assert ours < 1.05 * other
+    ours, other = errors(w + 2)
+    assert ours < 0.5 * other
+
+
+def test_offsets_of_weights_on_a_grid():
+    """Weights that have values of such a grid are found again, but for float16's rounding."""
+    rng = np.random.default_rng(5)
+    x = inputs(rng, 512, 64)
+    scales, offsets = rng.uniform(0.5, 1, (2, 1, 24)), rng.uniform(-7, 0, (2, 1, 24))
+    codes = rng.integers(0, 16, (2, 32, 24))
+    codes[:, :2] = [[0], [15]]
+    w = (scales * codes + offsets).reshape(64, 24).astype(np.float32)
+    quantization = dataclasses.replace(quantized(4, 32, 64), offsets=True)
+    found = solve(w, moments_of(x, x), quantization, Method())
+    assert output_error(x, w, x, values(found, 4)) < 1e-6
+    np.testing.assert_array_equal(found.codes, codes.reshape(64, 24))
 
 
 class Block(nnx.Module):

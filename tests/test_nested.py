@@ -23,33 +23,43 @@ from jax_anyprec.calibrate import Method, Tuning, calibrate_model, load_calibrat
 from jax_anyprec.calibrate.solve import solve
 from jax_anyprec.nnx.packed import Packed
 from jax_anyprec.nnx.references import references
+from jax_anyprec.quantize import Grid
 
 FOUR = ap.Quantization(weights=4, activations=None, group_size=32, scale_dtype="float16")
 
 
-def error_at(solution, bits, dropped, scales, x, w):
+def error_at(solution, bits, dropped, grid, x, w):
     """Of the outputs with the first planes of a solution's codes, by NumPy."""
-    lower = solution._replace(codes=solution.codes >> dropped, scales=scales)
+    lower = solution._replace(codes=solution.codes >> dropped, grid=grid)
     return output_error(x, w, x, values(lower, bits))
 
 
+def truncated(grid, dropped):
+    """The grid of first planes, each in the middle of what it was."""
+    scales, offsets = (None if x is None else np.asarray(x, np.float32) for x in grid)
+    lower = None if offsets is None else offsets + scales * (2**dropped - 1)
+    return Grid(scales * 2**dropped, lower)
+
+
+@pytest.mark.parametrize("offsets", [False, True])
 @pytest.mark.parametrize(
     ("bits", "nested", "part"), [(4, (3, 2), 0.7), (3, (1,), 0.6), (8, (5,), 0.8)]
 )
-def test_first_planes_serve_too(bits, nested, part):
+def test_first_planes_serve_too(bits, nested, part, offsets):
     """Codes that are chosen for it lose a part only of what first planes of others do."""
     rng = np.random.default_rng(0)
     x, w = inputs(rng, 2048, 128), rng.normal(size=(128, 48)).astype(np.float32)
-    moments, quantization = moments_of(x, x), quantized(bits, 64, 128)
+    moments = moments_of(x, x)
+    quantization = dataclasses.replace(quantized(bits, 64, 128), offsets=offsets)
     alone = solve(jnp.asarray(w), moments, quantization, Method())
     found = solve(jnp.asarray(w), moments, quantization, Method(nested=nested[::-1]))
     assert alone.nested == ()
-    assert [scales.shape for scales in found.nested] == [(48, 2)] * len(nested)
-    for each, scales in zip(nested, found.nested, strict=True):
+    shapes = [None if x is None else x.shape for grid in found.nested for x in grid]
+    assert shapes == [(48, 2), (48, 2) if offsets else None] * len(nested)
+    for each, grid in zip(nested, found.nested, strict=True):
         dropped = bits - each
-        truncated = np.asarray(alone.scales, np.float32) * 2**dropped
-        lost = error_at(alone, each, dropped, truncated, x, w)
-        assert error_at(found, each, dropped, scales, x, w) < part * lost
+        lost = error_at(alone, each, dropped, truncated(alone.grid, dropped), x, w)
+        assert error_at(found, each, dropped, grid, x, w) < part * lost
     at_all = output_error(x, w, x, values(found, bits))
     np.testing.assert_allclose(float(found.error), at_all, rtol=0.02)
     nearest = np.asarray(ap.quantize(w, bits, group_size=64).dequantize(), np.float64)
@@ -69,7 +79,7 @@ def test_codes_are_the_best_of_all_for_the_sum_of_errors():
     own = own / np.diag(own).mean() + np.eye(32) * 32 / 512
 
     def total(codes, n):
-        scales = [(3, 0, found.scales), (2, 1, found.nested[0])]
+        scales = [(3, 0, found.grid.scales), (2, 1, found.nested[0].scales)]
         rests = [
             (bits, w[:, n] - (2 * (codes >> dropped) - (2**bits - 1)) * float(s[n, 0]))
             for bits, dropped, s in scales
@@ -92,7 +102,8 @@ def packed(model):
 def test_models_at_fewer_bits(tmp_path):
     data = batches()
     exact = Model()(data[-1])
-    rules = [("blocks/0/up", dataclasses.replace(FOUR, weights=2)), ("**", FOUR)]
+    some = dataclasses.replace(FOUR, offsets=True)
+    rules = [("blocks/0/up", dataclasses.replace(FOUR, weights=2)), ("**/down", some), ("**", FOUR)]
     tuning = Tuning(batches(2))
     steps = []
 

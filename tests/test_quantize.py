@@ -14,7 +14,8 @@ BITS = range(1, 9)
 METHODS = ("mse", "absmax")
 
 quantize = jax.jit(
-    ap.quantize, static_argnames=("bits", "group_size", "scales", "rotation", "scale_dtype")
+    ap.quantize,
+    static_argnames=("bits", "group_size", "scales", "offsets", "rotation", "scale_dtype"),
 )
 """Compiled as a whole: eager JAX would compile each operation of it for each shape."""
 
@@ -206,3 +207,42 @@ def test_jit_quantizes_as_eager(method: str) -> None:
     shape = jax.eval_shape(lambda x: ap.quantize(x, 4, group_size=32), weights)
     assert shape.shape == (128, 9)
     assert shape.planes.shape == w.planes.shape
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("method", METHODS)
+def test_offsets_reach_both_ends_of_a_group(bits: int, method: str) -> None:
+    weights = gaussian(192, 7) + 3
+    w = quantize(weights, bits, group_size=32, scales=method, offsets=True)
+    assert w.scales.shape == w.offsets.shape == (7, 6)
+    grouped = weights.T.reshape(7, 6, 32)
+    if method == "absmax":
+        np.testing.assert_allclose(w.offsets, grouped.min(-1), atol=1e-6)
+        spread = grouped.max(-1) - grouped.min(-1)
+        np.testing.assert_allclose(w.scales, spread / 2 / (2**bits - 1), rtol=1e-5)
+    else:
+        ends = quantize(weights, bits, group_size=32, scales="absmax", offsets=True)
+        assert group_errors(weights, w).sum() <= group_errors(weights, ends).sum() * 1.000001
+    centred = quantize(weights, bits, group_size=32, scales=method)
+    assert group_errors(weights, w).sum() < 0.5 * group_errors(weights, centred).sum()
+    np.testing.assert_allclose(w.dequantize(), values_of(w), rtol=1e-6, atol=1e-6)
+
+
+def test_offsets_of_constant_groups_and_of_grids() -> None:
+    weights = np.full((64, 3), 0.7, np.float32)
+    weights[32:] = 0
+    for method in METHODS:
+        w = quantize(weights, 2, group_size=32, scales=method, offsets=True)
+        np.testing.assert_array_equal(w.dequantize(), weights)
+    levels = np.random.default_rng(0).integers(0, 4, (32, 3))
+    levels[:2] = [[0], [3]]
+    weights = (levels * 0.5 - 0.25).astype(np.float32)
+    w = quantize(weights, 2, group_size=32, offsets=True)
+    np.testing.assert_allclose(w.dequantize(), weights, atol=1e-6)
+
+
+def test_offsets_are_chosen_with_scales() -> None:
+    with pytest.raises(ValueError, match=r"offsets need scales to be chosen with them"):
+        ap.quantize(gaussian(32, 2), 4, scales=jnp.ones((2, 1)), offsets=True)
+    with pytest.raises(ValueError, match=r"scale_dtype float16 can't hold .* offsets"):
+        ap.quantize(gaussian(32, 2) + 1e6, 4, offsets=True, scale_dtype="float16")

@@ -27,7 +27,7 @@ from .observe import Run, input_of, inputs_of, order
 from .report import CalibratedLayer
 from .smooth import Link, smooth
 from .solve import Method, solve
-from .store import Part, Store, put, put_tuned, scales_at
+from .store import Part, Store, at_bits, put, put_tuned
 from .tune import Tuning, numbers, tune
 
 LEAST_ROWS = 8
@@ -51,7 +51,7 @@ class Packing(NamedTuple):
       weight: prepared.
       shift: what the bias lacks, ``float32[N]``.
       error: of its outputs, relative.
-      nested: scales ``[N, groups]`` for fewer bits, by `scales_at`.
+      nested: scales and offsets ``[N, groups]`` for fewer bits, by `at_bits`.
     """
 
     weight: QuantizedTensor
@@ -106,7 +106,7 @@ class Calibration:
             tuning = dataclasses.replace(tuning, batches=steps)
             self.total += len(steps) * len(self._precisions)
         self.tuning = tuning
-        self._nested: dict[str, dict[str, jax.Array]] = {}  # scales for fewer bits, by layer
+        self._nested: dict[str, dict[str, jax.Array]] = {}  # what fewer bits need, by layer
         self._store = None if store is None else Store(store, self._key(links), nested)
         if links:
             self._smooth(links)
@@ -294,14 +294,14 @@ def pack(layer: Layer, quantization: Quantization, moments: Moments, method: Met
     solution = solve(weights, moments, quantization, method)
     tensor = QuantizedTensor.from_codes(
         solution.codes.T,
-        solution.scales,
+        *solution.grid,
         bits=quantization.weights,
         rotation=quantization.rotation(weights.shape[0]),
     )
-    nested = map(scales_at, method.below(quantization.weights))
-    return Packing(
-        tensor.prepare(),
-        solution.shift,
-        float(solution.error),
-        dict(zip(nested, solution.nested, strict=True)),
-    )
+    nested = {
+        at_bits(field, bits): value
+        for bits, grid in zip(method.below(quantization.weights), solution.nested, strict=True)
+        for field, value in grid._asdict().items()
+        if value is not None
+    }
+    return Packing(tensor.prepare(), solution.shift, float(solution.error), nested)

@@ -26,6 +26,7 @@ from ..checkpoint import CheckpointError, load, save
 from ..nnx.convert import find
 from ..nnx.references import references
 from ..quantization import Quantization
+from ..quantize import Grid
 from ..safetensors import replace_files
 from ..tensor import QuantizedTensor
 from .report import CalibratedLayer
@@ -157,9 +158,9 @@ def put(model: nnx.Module, part: Part, source: str) -> nnx.Module:
     return model
 
 
-def scales_at(bits: int) -> str:
-    """The name of a weight's scales for a nested precision."""
-    return f"scales-{bits}"
+def at_bits(field: str, bits: int) -> str:
+    """The name of a weight's "scales" or "offsets" for a nested precision."""
+    return f"{field}-{bits}"
 
 
 def _tuned(bits: int | None) -> str:
@@ -220,16 +221,20 @@ def _read_part(path: Path, entry: Any, bits: int | None = None) -> Part:
 
 
 def _at(weights: Weights, bits: int) -> Weights:
-    """Weights of which at most `bits` planes were read, with the scales for that."""
-    scales = weights.get(scales_at(bits))
+    """Weights of which at most `bits` planes were read, with scales and offsets for that."""
     kernel = weights["kernel"]
-    if scales is None or not isinstance(kernel, QuantizedTensor):
+    names = {field: at_bits(field, bits) for field in Grid._fields}
+    fields: dict[str, Any] = {f: weights[name] for f, name in names.items() if name in weights}
+    if not fields or not isinstance(kernel, QuantizedTensor):
         return weights
-    if scales.shape != kernel.scales.shape:
-        raise CheckpointError(
-            f"scales for {bits} bits must be {kernel.scales.shape}, got {scales.shape}"
-        )
-    return {**weights, "kernel": dataclasses.replace(kernel, scales=scales)}
+    for field, value in fields.items():
+        there = getattr(kernel, field)
+        if there is None or value.shape != there.shape:
+            raise CheckpointError(
+                f"{field} for {bits} bits must be {there if there is None else there.shape}, "
+                f"got {value.shape}"
+            )
+    return {**weights, "kernel": dataclasses.replace(kernel, **fields)}
 
 
 def _from_json(fields: dict[str, Any]) -> CalibratedLayer:

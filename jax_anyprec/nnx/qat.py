@@ -85,8 +85,14 @@ class FakeQuantLinear(nnx.Module):
     def from_linear(
         cls, linear: nnx.Linear, quantization: Quantization, *, implementation: str | None = None
     ) -> FakeQuantLinear:
-        """`linear` in training for `quantization`, which also says where scales begin."""
+        """`linear` in training for `quantization`, which also says where scales begin.
+
+        Raises:
+          ValueError: the quantization is one with offsets.
+        """
         check_float_layer(linear, nnx.Linear, "linear")
+        if quantization.offsets:
+            raise ValueError("quantization has offsets; weights can be trained without them only")
         w = quantization.pack(linear.kernel[...])
         return cls(
             linear,
