@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,9 +14,6 @@ import numpy as np
 from jax_anyprec import models
 
 from . import ggml
-
-Setting = tuple[models.Quantization | None, Any]
-"""Quantization, and the dtype to compute in."""
 
 
 class Decoder(Protocol):
@@ -34,10 +32,8 @@ class Decoder(Protocol):
 class OurDecoder:
     """A model of this package, by its `generate`."""
 
-    def __init__(self, name: str, path: pathlib.Path, setting: Setting):
-        quantization, dtype = setting
-        self.name = name
-        self.model = models.load_gguf(path, quantization=quantization, dtype=dtype).model
+    def __init__(self, name: str, model: Any):
+        self.name, self.model = name, model
         self.weight_bytes = models.weight_bytes(self.model).total
 
     def start(self, prompt: Sequence[int], max_tokens: int) -> int:
@@ -98,11 +94,26 @@ def import_llama_cpp() -> Any:
     return llama_cpp
 
 
-def requantize(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Write a GGUF file's model in Q4_0, which llama.cpp has its fastest 4-bit kernels for."""
+def requantize(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    kind: str,
+    importance: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Write a GGUF file's model as llama.cpp's file type `kind`, such as "Q4_0".
+
+    `importance` has the mean square of each input of a tensor, ``float32[K]`` by the tensor's name.
+    """
     api = import_llama_cpp()
     options = api.llama_model_quantize_default_params()
-    options.ftype = api.LLAMA_FTYPE_MOSTLY_Q4_0
+    options.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{kind}")
     options.allow_requantize = True
+    rows = {name: np.ascontiguousarray(x, np.float32) for name, x in (importance or {}).items()}
+    entries = (api.llama_model_imatrix_data * (len(rows) + 1))()  # one without a name ends them
+    for entry, (name, x) in zip(entries, rows.items(), strict=False):
+        entry.name, entry.size = name.encode(), x.size
+        entry.data = x.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if rows:
+        options.imatrix = entries
     if api.llama_model_quantize(os.fsencode(source), os.fsencode(target), options):
         raise RuntimeError(f"llama.cpp can't requantize {source}")

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax_anyprec import fetch, models
 from jax_anyprec.gguf import GGUFFile
 
-from .decoders import Decoder, LlamaCpp, OurDecoder, Setting, requantize
+from .decoders import Decoder, LlamaCpp, OurDecoder, requantize
 from .isolate import on_cores, thread_counts
 from .machine import limits, machine
 from .report import Row, table, write_json
@@ -36,7 +36,7 @@ LONG_PROMPT = 512
 TURN = 8
 """Tokens that each setting decodes in its turn, after one that is not counted."""
 
-SETTINGS: dict[str, Setting] = {
+SETTINGS: dict[str, tuple[models.Quantization | None, Any]] = {
     "float32": (None, jnp.float32),
     "bfloat16": (None, jnp.bfloat16),
     "W4A8 as in the file": (models.Quantization(), jnp.float32),
@@ -44,6 +44,7 @@ SETTINGS: dict[str, Setting] = {
     "W2A8 groups of 64": (models.Quantization(weights=2, group_size=64), jnp.float32),
     "W1A1 per channel": (models.Quantization(weights=1, activations=1), jnp.float32),
 }
+"""Quantization, and the dtype to compute in."""
 
 
 def main() -> None:
@@ -65,7 +66,10 @@ def run_model(path: pathlib.Path, tokens: int, readings: int) -> dict[str, Any]:
     report = {"machine": machine(), "limits": limits()}
     prompt = models.Tokenizer.from_gguf(GGUFFile(path)).encode(PROMPT)
     long_prompt = (prompt * LONG_PROMPT)[:LONG_PROMPT]
-    decoders: list[Decoder] = [OurDecoder(name, path, s) for name, s in SETTINGS.items()]
+    decoders: list[Decoder] = [
+        OurDecoder(name, models.load_gguf(path, quantization=each, dtype=dtype).model)
+        for name, (each, dtype) in SETTINGS.items()
+    ]
     decoders += load_llama_cpp(path)
     log("models are loaded")
     first = take_turns([FirstToken(decoder, long_prompt) for decoder in decoders], readings)
@@ -93,7 +97,7 @@ def load_llama_cpp(path: pathlib.Path) -> list[Decoder]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             smaller = pathlib.Path(folder, "q4_0.gguf")
-            requantize(path, smaller)
+            requantize(path, smaller, "Q4_0")  # it has the fastest of 4-bit kernels
             return [LlamaCpp("Q4_1 as in the file", path), LlamaCpp("Q4_0", smaller)]
     except ImportError as reason:
         log(f"skipped: llama.cpp, {reason}")
