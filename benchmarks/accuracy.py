@@ -50,6 +50,7 @@ from jax_anyprec.nnx.references import references
 from . import ggml_types
 from .machine import commit
 from .report import Row, rows_of, table, write_json
+from .static_scales import put_static_scales
 
 BUDGETS = (2.3, 2.7, 3.5, 4.5)
 TYPES = ("IQ4_NL", "Q4_0", "Q3_K", "IQ3_S", "Q2_K", "IQ2_S", "Q4_K", "Q5_0", "Q5_K", "Q8_0")
@@ -281,6 +282,23 @@ def activations(
         yield name, functools.partial(prepare, bits=bits, group=group)
 
 
+def static(data: np.ndarray, _: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """Rotated activations with one scale, for a percentile of what was seen, beside float weights.
+
+    A scale a token, found as it comes, is `activations`'.
+    """
+
+    def prepare(model: Any, bits: int, percentile: float) -> float:
+        runs = [functools.partial(hidden, model, batch) for batch in batches_of(data[::4])]
+        put_static_scales(linear_layers(model), runs, bits, percentile)
+        return 32.0
+
+    for bits in (8, 6):
+        for percentile in (100.0, 99.99, 99.9, 99.0):
+            name = f"A{bits}, one scale, for the percentile {percentile}"
+            yield name, functools.partial(prepare, bits=bits, percentile=percentile)
+
+
 # --- ggml ---
 
 
@@ -344,6 +362,7 @@ PARTS: dict[str, Callable[[np.ndarray, np.ndarray], Iterator[tuple[str, Any]]]] 
     "offsets": offsets,
     "ablation": ablation,
     "activations": activations,
+    "static": static,
     "activations smoothed": functools.partial(activations, method="smoothed"),
     "activations calibrated": functools.partial(activations, method="calibrated"),
 }
