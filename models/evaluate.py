@@ -1,7 +1,8 @@
 """How well a model predicts a text, and how far it is from a reference model.
 
 Logits over a whole vocabulary are large, so they exist for `CHUNK` positions at a time and only
-sums leave the device. What is kept of the reference between models is its final features.
+sums leave the device. What is kept of the reference between models is its final features. Layers
+are compiled one by one, and those that are alike once: a whole model takes long to compile.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -92,7 +94,7 @@ class Evaluator:
         self._reference = nnx.split(reference)
         self._features = []
         for i, window in enumerate(self.windows, 1):
-            self._features.append(jax.block_until_ready(_features(*self._reference, window)))
+            self._features.append(jax.block_until_ready(_features(reference, window)))
             _report(progress, i, len(self.windows))
 
     def __call__(self, model: Llama, progress: Progress | None = None) -> Evaluation:
@@ -105,7 +107,7 @@ class Evaluator:
             )
         split, sums = nnx.split(model), np.zeros(5)
         for i, (window, expected) in enumerate(zip(self.windows, self._features, strict=True), 1):
-            features = _features(*split, window)
+            features = _features(model, window)
             sums += np.asarray(_compare(*self._reference, *split, expected, features, window))
             _report(progress, i, len(self.windows))
         count = self.windows.shape[0] * (self.windows.shape[1] - 1)
@@ -122,10 +124,35 @@ class Evaluator:
         )
 
 
+class _Compiled(nnx.Module, pytree=False):
+    """A layer that is compiled, with those that differ from it in their numbers only."""
+
+    def __init__(self, layer: nnx.Module):
+        self.layer = layer
+
+    def __call__(self, *args: Any) -> Any:
+        return _call(*nnx.split(self.layer), *args)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _features(graph: Any, state: Any, window: jax.Array) -> jax.Array:
+def _call(graph: Any, state: Any, *args: Any) -> Any:
+    return nnx.merge(graph, state)(*args)
+
+
+@contextmanager
+def _compiled_layers(model: Any) -> Iterator[None]:
+    layers = model.layers
+    model.layers = nnx.List(map(_Compiled, layers))
+    try:
+        yield
+    finally:
+        model.layers = layers
+
+
+def _features(model: Llama, window: np.ndarray) -> jax.Array:
     """Final features ``[context, width]`` of one window ``int32[context]``."""
-    return nnx.merge(graph, state).hidden(window[None])[0][0]
+    with _compiled_layers(model):
+        return model.hidden(jnp.asarray(window)[None])[0][0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
