@@ -160,6 +160,35 @@ def test_calibrations_tune_at_the_end_go_on_and_load(tmp_path):
         ap.calibrate_model(Model(), LOW, data, tuning=tuning, store=tmp_path)
 
 
+def test_tuning_goes_on_where_it_was(tmp_path):
+    """What was kept of the steps is not done again, and the result is the same bit for bit."""
+    data, tuning = batches(4, 512), Tuning(batches(20), rate=0.03)
+    at_once = ap.calibrate_model(Model(), LOW, data, tuning=tuning).model
+    steps = []
+
+    def stop(done, total):
+        assert total == 2 + 20
+        steps.append(done)
+        if done == 2 + 19:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ap.calibrate_model(Model(), LOW, data, tuning=tuning, store=tmp_path, progress=stop)
+    unfinished = tmp_path / "unfinished-tuned.safetensors"
+    assert unfinished.exists()
+    with pytest.raises(KeyboardInterrupt):
+        ap.calibrate_model(Model(), LOW, data, tuning=tuning, store=tmp_path, progress=stop)
+    assert steps == [*range(1, 22), 1, 2, 2 + 17, 2 + 18, 2 + 19]
+    model = ap.calibrate_model(Model(), LOW, data, tuning=tuning, store=tmp_path).model
+    for a, b in zip(leaves(model), leaves(at_once), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not unfinished.exists()
+    (tmp_path / "tuned.safetensors").unlink()
+    ap.save(unfinished, {"norm/scale": jnp.ones(64)})
+    with pytest.raises(ap.CheckpointError):
+        ap.calibrate_model(Model(), LOW, data, tuning=tuning, store=tmp_path)
+
+
 def test_bad_input():
     model = ap.quantize_model(Model(), LOW)
     before = [np.asarray(x) for x in leaves(model)]

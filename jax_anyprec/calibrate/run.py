@@ -175,7 +175,8 @@ class Calibration:
         model = self.model
         if bits is not None and self._store is not None:
             model = self._store.put(nnx.clone(self._reference), bits)
-        tune(model, self._reference, tuning, report)
+        unfinished = None if self._store is None else self._store.unfinished(bits)
+        tune(model, self._reference, tuning, report, unfinished)
         if self._store is not None:
             self._store.keep_tuned(numbers(model), bits)
 

@@ -4,7 +4,8 @@
 of part i are in ``part-i.safetensors`` (`jax_anyprec.save`). A part is listed when its file is
 complete, so an interrupted calibration leaves the parts before. Other variables of the model that
 have changed, of norms before smoothed layers, are in ``variables.safetensors``, by path; numbers
-that were tuned when all layers were done (`calibrate.tune`) are in ``tuned.safetensors``.
+that were tuned when all layers were done (`calibrate.tune`) are in ``tuned.safetensors``, and while
+that goes on the state of it in ``unfinished-tuned.safetensors``.
 
 At nested precisions (`Method.nested`) first planes of the same weights are read, of 3 bits say; a
 part has the scales for them beside each weight, and what was tuned is in ``tuned-3.safetensors``.
@@ -101,9 +102,14 @@ class Store:
         file = self.path / _tuned(bits)
         return load(file) if file.exists() else None
 
+    def unfinished(self, bits: int | None = None) -> Path:
+        """Where the numbers of `tuned` are on their way."""
+        return self.path / f"unfinished-{_tuned(bits)}"
+
     def keep_tuned(self, values: Mapping[str, jax.Array], bits: int | None = None) -> None:
-        """Add the numbers of `tuned`."""
+        """Add the numbers of `tuned`, which are finished."""
         save(self.path / _tuned(bits), dict(values))
+        self.unfinished(bits).unlink(missing_ok=True)
 
     def keep(self, variables: Mapping[str, jax.Array]) -> None:
         """Variables that loading a calibration has to change, besides layers, by path."""

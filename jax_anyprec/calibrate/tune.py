@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import optax
 from flax import nnx
 
 from .. import format as fmt
+from ..checkpoint import load_into, save
 from ..nnx.packed import Packed
 from ..nnx.references import Reference, references
 from ..quantize import DISTORTION
@@ -27,6 +29,8 @@ from ..tensor import QuantizedTensor
 from .blocks import Call, call_plainly
 
 FIELDS = ("scales", "offsets")
+KEEP = 8
+"""Steps after which what has been done is kept."""
 
 Difference = Callable[[Any, Any], jax.Array]
 """From the outputs of the packed and of the float model to a scalar."""
@@ -76,6 +80,7 @@ def tune(
     reference: nnx.Module,
     tuning: Tuning,
     progress: Callable[[int, int], None] | None = None,
+    unfinished: Path | None = None,
 ) -> list[float]:
     """Change scales, offsets and vectors of `model`, so that it gives what `reference` does.
 
@@ -86,6 +91,8 @@ def tune(
       reference: the float model.
       tuning: with batches.
       progress: called with the steps done so far and their number.
+      unfinished: a file to keep what has been done in, every `KEEP` steps, and to go on from if it
+        is there; whoever has kept the result removes it. None to keep nothing.
 
     Returns:
       The loss of each batch before its step.
@@ -93,6 +100,7 @@ def tune(
     Raises:
       ValueError: no layer is packed, there are no batches, or a loss is not finite; the model is
         as it was then.
+      CheckpointError: `unfinished` can't be read, or is of another model or other batches.
     """
     batches, run = tuning.batches, tuning.call or call_plainly
     if batches is None:
@@ -123,16 +131,22 @@ def tune(
         return optax.apply_updates(steps, updates), momenta, loss
 
     steps = {path: jnp.zeros(value.shape) for path, value in values.items()}
-    momenta, losses = optimizer.init(steps), []
-    for i, batch in enumerate(batches):
-        steps, momenta, loss = advance(steps, momenta, (state, values, units), exact_state, batch)
-        losses.append(float(loss))
+    done: Any = (steps, optimizer.init(steps), jnp.zeros(len(batches)), jnp.int32(0))
+    if unfinished is not None and unfinished.exists():
+        done = load_into(done, unfinished)
+    steps, momenta, losses, first = done
+    for i in range(int(first), len(batches)):
+        fixed = (state, values, units)
+        steps, momenta, loss = advance(steps, momenta, fixed, exact_state, batches[i])
+        losses = losses.at[i].set(loss)
         if not jnp.isfinite(loss):
-            raise ValueError(f"Tuning.loss must be finite, got {losses[-1]} for batch {i}")
+            raise ValueError(f"Tuning.loss must be finite, got {loss} for batch {i}")
+        if unfinished is not None and (i + 1) % KEEP == 0:
+            save(unfinished, (steps, momenta, losses, jnp.int32(i + 1)))
         if progress is not None:
             progress(i + 1, len(batches))
     set_numbers(model, moved(values, units, steps))
-    return losses
+    return losses.tolist()
 
 
 def numbers(model: nnx.Module) -> dict[str, jax.Array]:
