@@ -42,7 +42,14 @@ from .report import Row, table, write_json
 
 BITS = (4, 3, 2)
 KINDS = ("Q8_0", "Q5_K_S", "Q4_K_S", "Q4_0", "IQ4_NL", "Q3_K_S", "IQ3_XXS", "Q2_K", "IQ2_XS")
-AS_IN_FILE = {"W4A8 as in the file": 8, "W4A16 as in the file": None}
+SETTINGS = {
+    "W4A8 as in the file": models.Quantization(),
+    "W4A16 as in the file": models.Quantization(activations=None),
+    # But for the rotation as what is calibrated: so this shows what rotating costs.
+    "W4A8 rounded, not rotated": models.Quantization(
+        weights=4, group_size=64, act_scales="token", scale_dtype="float16"
+    ),
+}
 TENSORS = {
     r"layers/(\d+)/attention/qkv": ("attn_q", "attn_k", "attn_v"),
     r"layers/(\d+)/attention/output": ("attn_output",),
@@ -99,7 +106,7 @@ def make(folder: pathlib.Path, tokens: int, held_out: int) -> dict[str, Row]:
 
 def names() -> list[str]:
     """Of all models, the float one first."""
-    ours = ["float32", *AS_IN_FILE, *map(calibrated, BITS)]
+    ours = ["float32", *SETTINGS, *map(calibrated, BITS)]
     return ours + [f"llama.cpp {kind}" for kind in KINDS]
 
 
@@ -137,9 +144,8 @@ def file_of(folder: pathlib.Path, kind: str) -> pathlib.Path:
 
 def model_of(folder: pathlib.Path, name: str) -> Any:
     """The model of a name; of a llama.cpp file, its weights in float."""
-    if name in AS_IN_FILE:
-        quantization = models.Quantization(activations=AS_IN_FILE[name])
-        return models.load_gguf(fetch.fetch("smollm2"), quantization=quantization).model
+    if name in SETTINGS:
+        return models.load_gguf(fetch.fetch("smollm2"), quantization=SETTINGS[name]).model
     maker, _, kind = name.partition(" ")
     if maker == "llama.cpp":
         return models.load_gguf(file_of(folder, kind), quantization=None).model
