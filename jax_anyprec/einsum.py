@@ -87,6 +87,11 @@ class Product:
         shape = self.packed_shape(weight.shape)
         return _permute(weight, self.weight, self.packed).reshape(shape)
 
+    def as_bias(self, columns: jax.Array, weight_shape: Sequence[int]) -> jax.Array:
+        """Values ``[N]``, one for each column of `matrices`, as a bias; without batch indices."""
+        values = columns.reshape(_shape(self.features, self.sizes(weight_shape)))
+        return _permute(values, self.features, self.biased)
+
     def expand(self, ndim: int) -> Product:
         """The same product with letters in the place of an ellipsis, for an x of `ndim` axes."""
         named = self.x.replace(ELLIPSIS, "")

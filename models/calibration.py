@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 import jax_anyprec as ap
-from jax_anyprec.calibrate.run import has_coarse_activations
+from jax_anyprec.calibrate.pack import has_coarse_activations
 from jax_anyprec.nnx.convert import Found, quantized_by
 from jax_anyprec.quantization import Quantization
 from jax_anyprec.rotation import MIN_BLOCK

@@ -79,7 +79,7 @@ def calibrate_model(
       rows of one matrix (embeddings, stacked layers, experts), are rounded to nearest; it says so.
 
     Raises:
-      TypeError: the model is no `flax.nnx.Module`.
+      TypeError: the model is no `flax.nnx.Module`; for Linen see `jax_anyprec.linen.calibrate`.
       ValueError: there are no batches, `store` is of another calibration or missing, a rule does
         not fit, or inputs of a layer are not finite: layers before that one have been quantized.
         Or the loss of tuning is not finite, when all have been.
@@ -89,7 +89,10 @@ def calibrate_model(
     from .run import Calibration
 
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"model must be a flax.nnx.Module, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a flax.nnx.Module, got {type(model).__name__}; "
+            "jax_anyprec.linen.calibrate is for Linen modules"
+        )
     kept = list(batches)
     if not kept:
         raise ValueError("batches must hold at least one batch, got none")

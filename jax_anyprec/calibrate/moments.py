@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,16 @@ def add(moments: Moments, x: jax.Array, f: jax.Array, *, rotate: bool) -> Moment
         moments.half_own + half_own,
         moments.half_cross + half_cross,
     )
+
+
+def moments_of(batches: Iterable[tuple[Any, Any]], rotate: bool) -> Moments:
+    """Of all rows of batches ``float[rows, K]``, x and f as for `add`; there must be one."""
+    moments: Moments | None = None
+    for x, f in batches:
+        moments = Moments.zeros(x.shape[-1]) if moments is None else moments
+        moments = add(moments, x, f, rotate=rotate)
+    assert moments is not None
+    return moments
 
 
 def _weighted(x: jax.Array, f: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,8 +6,6 @@ import dataclasses
 import json
 from typing import Any
 
-from flax import nnx
-
 from ..plan import describe
 from ..quantization import Quantization
 
@@ -47,11 +45,12 @@ class CalibrationReport:
     """What `calibrate_model` did. Printed, it is a table.
 
     Attributes:
-      model: that was given, changed in place; a packed layer if it was a single layer.
+      model: that was given, changed in place; a packed layer if it was a single layer. Of a Linen
+        module, the `Quantized` one.
       layers: in the order in which they were calibrated.
     """
 
-    model: nnx.Module
+    model: Any
     layers: tuple[CalibratedLayer, ...]
 
     def rows(self) -> list[dict[str, Any]]:

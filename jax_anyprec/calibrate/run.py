@@ -10,54 +10,26 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from ..nnx.convert import Found, find, quantized_by
 from ..nnx.packed import Packed
 from ..nnx.references import held
-from ..plan import Layer
 from ..quantization import Quantization
 from ..rules import Rules
 from ..tensor import QuantizedTensor
 from .blocks import Blocks, Call, find_blocks
-from .moments import Moments, add
+from .moments import Moments, moments_of
 from .observe import Run, input_of, inputs_of, order
+from .pack import check_inputs, pack
 from .report import CalibratedLayer
 from .smooth import Link, smooth
-from .solve import Method, solve
-from .store import Part, Store, at_bits, put, put_tuned
+from .solve import Method
+from .store import Part, Store, put, put_tuned
 from .tune import Tuning, numbers, tune
 
-LEAST_ROWS = 8
-"""A weight of K rows is calibrated on at least K / LEAST_ROWS inputs; damping does the rest."""
-
-PRECISE = 8
-"""Bits of activations that leave inputs as precise as those of float ones, or nearly."""
-
 Progress = Callable[[int, int], None]
-
-
-def has_coarse_activations(quantization: Quantization) -> bool:
-    """Whether activations have fewer than `PRECISE` bits."""
-    return quantization.activations is not None and quantization.activations < PRECISE
-
-
-class Packing(NamedTuple):
-    """A weight as it was packed.
-
-    Attributes:
-      weight: prepared.
-      shift: what the bias lacks, ``float32[N]``.
-      error: of its outputs, relative.
-      nested: scales and offsets ``[N, groups]`` for fewer bits, by `at_bits`.
-    """
-
-    weight: QuantizedTensor
-    shift: jax.Array
-    error: float
-    nested: dict[str, jax.Array]
 
 
 class Runs(NamedTuple):
@@ -227,37 +199,25 @@ class Calibration:
             for found in stage:
                 quantization = self.todo[prefix + found.layer.path]
                 if quantization.rotate not in moments:
-                    moments[quantization.rotate] = _moments(rows, quantization.rotate)
+                    moments[quantization.rotate] = moments_of(rows, quantization.rotate)
                 self._pack(found, prefix, quantization, moments[quantization.rotate])
 
     def _pack(
         self, found: Found, prefix: str, quantization: Quantization, moments: Moments
     ) -> None:
-        path, rows = prefix + found.layer.path, int(moments.rows)
+        path = prefix + found.layer.path
         layer = dataclasses.replace(found.layer, path=path)
-        if not bool(jnp.isfinite(moments.own).all() & jnp.isfinite(moments.cross).all()):
-            raise ValueError(f"inputs of layer {path!r} are not finite, or their squares are not")
-        assert layer.matrix is not None
-        if rows * LEAST_ROWS < layer.matrix[-2]:
-            self._round(
-                dataclasses.replace(found, layer=layer),
-                f"{rows} inputs are too few for {layer.matrix[-2]} rows of weights",
-            )
+        reason = check_inputs(layer, moments)
+        if reason is not None:
+            self._round(dataclasses.replace(found, layer=layer), reason)
             return
-        weight, shift, error, nested = pack(
-            layer, quantization, moments, self._method(quantization)
-        )
+        weight, shift, error, nested = pack(layer, quantization, moments, self.method)
         self._nested[path] = nested
         bias = getattr(found.module, "bias", None)
         if bias is not None and self.method.correct_bias:
             bias.set_value((bias[...] + shift.reshape(bias[...].shape)).astype(bias[...].dtype))
-        self._replace(found, path, weight)
-        self._finish(CalibratedLayer(path, quantization, rows, error, None))
-
-    def _method(self, quantization: Quantization) -> Method:
-        """Inputs that coarse activations made noisy would shrink weights that aim at others."""
-        coarse = has_coarse_activations(quantization)
-        return dataclasses.replace(self.method, cross=0.0) if coarse else self.method
+        self._replace(found, path, weight.prepare())
+        self._finish(CalibratedLayer(path, quantization, int(moments.rows), error, None))
 
     def _round(self, found: Found, reason: str) -> None:
         path = found.layer.path
@@ -273,36 +233,9 @@ class Calibration:
         self.progress(len(self.done), self.total)
 
 
-def _moments(rows: Sequence[tuple[Any, Any]], rotate: bool) -> Moments:
-    moments = Moments.zeros(rows[0][0].shape[-1])
-    for x, f in rows:
-        moments = add(moments, x, f, rotate=rotate)
-    return moments
-
-
 def _weights(module: Any) -> dict[str, Any]:
     """The packed weight and the bias of a packed layer."""
     packed = next(value for _, value in held(module) if isinstance(value, Packed))
     weights = {"kernel": packed.get_value().restore()}
     bias = getattr(module, "bias", None)
     return weights if bias is None else {**weights, "bias": bias[...]}
-
-
-def pack(layer: Layer, quantization: Quantization, moments: Moments, method: Method) -> Packing:
-    """A layer's weight packed for inputs of these moments."""
-    assert quantization.weights is not None
-    weights = layer.matrices(layer.weight)
-    solution = solve(weights, moments, quantization, method)
-    tensor = QuantizedTensor.from_codes(
-        solution.codes.T,
-        *solution.grid,
-        bits=quantization.weights,
-        rotation=quantization.rotation(weights.shape[0]),
-    )
-    nested = {
-        at_bits(field, bits): value
-        for bits, grid in zip(method.below(quantization.weights), solution.nested, strict=True)
-        for field, value in grid._asdict().items()
-        if value is not None
-    }
-    return Packing(tensor.prepare(), solution.shift, float(solution.error), nested)

@@ -1,5 +1,6 @@
 """Flax Linen layers with packed weights, those in training for them, and converted models."""
 
+from .calibrate import calibrate
 from .calls import EinsumCall
 from .dense import COLLECTION, QuantDense
 from .lora import LORA, LoRADense
@@ -14,4 +15,5 @@ __all__ = [
     "LoRADense",
     "QuantDense",
     "Quantized",
+    "calibrate",
 ]

@@ -78,7 +78,26 @@ def quantize_linen(
         kernel is not finite, or the model uses one in another way than by its layer's call.
         Nothing has been deleted then.
     """
-    call = {**kwargs, "method": method}
+    chosen = choose(module, rules, variables, inputs, {**kwargs, "method": method}, calls)
+    return quantized_module(module, chosen, calls), converted(variables, chosen, donate=donate)
+
+
+Chosen = tuple[LinenLayer, Quantization]
+"""A layer that is quantized, and how."""
+
+
+def choose(
+    module: nn.Module,
+    rules: Rules | Plan,
+    variables: Mapping[str, Any],
+    inputs: Sequence[Any],
+    call: Mapping[str, Any],
+    calls: Calls | None,
+) -> list[Chosen]:
+    """The layers that rules quantize; it has been tried, by shapes, that the model runs so.
+
+    Args and Raises: as for `quantize_linen`, with `call` for its method and other arguments.
+    """
     layers = _find(module, variables, inputs, call, calls)
     plan = make_plan(layers, rules, errors=False)
     chosen = [
@@ -88,14 +107,16 @@ def quantize_linen(
     ]
     if not chosen:
         raise ValueError(f"no layer would be quantized:\n{plan}")
-    quantized = Quantized(
-        module,
-        tuple(_setting(layer, quantization) for layer, quantization in chosen),
-        tuple((calls or {}).items()),
-    )
-    _check_runs(quantized, _converted(_shapes(variables), chosen), inputs, call)
+    quantized = quantized_module(module, chosen, calls)
+    _check_runs(quantized, converted(_shapes(variables), chosen), inputs, call)
     _check_finite([layer for layer, _ in chosen], variables)
-    return quantized, _converted(variables, chosen, donate=donate)
+    return chosen
+
+
+def quantized_module(module: nn.Module, chosen: Sequence[Chosen], calls: Calls | None) -> Quantized:
+    """The module that runs with these layers packed."""
+    settings = tuple(_setting(layer, quantization) for layer, quantization in chosen)
+    return Quantized(module, settings, tuple((calls or {}).items()))
 
 
 def _find(
@@ -122,31 +143,38 @@ def _setting(layer: LinenLayer, quantization: Quantization) -> Setting:
     )
 
 
-def _converted(
+def converted(
     variables: Mapping[str, Any],
-    chosen: Sequence[tuple[LinenLayer, Quantization]],
+    chosen: Sequence[Chosen],
+    weights: Mapping[tuple[str, ...], QuantizedTensor] | None = None,
     *,
     donate: bool = False,
 ) -> Any:
-    """Variables with the chosen kernels packed, one after another."""
+    """Variables with the chosen kernels packed, one after another.
+
+    `weights` has those, by path, that are packed already; others are rounded to nearest.
+    """
     places = Counter(map(id, jax.tree.leaves(variables)))
     params, packed = (dict(flatten(variables.get(name, {}))) for name in (PARAMS, COLLECTION))
     for layer, quantization in chosen:
         path = (*layer.scope, layer.name)
         box = params.pop(path)
-        packed[path] = _pack(layer, quantization, box)
+        packed[path] = _pack(layer, quantization, box, (weights or {}).get(path))
         kernel = unboxed(box)
         if donate and isinstance(kernel, jax.Array) and places[id(kernel)] == 1:
             kernel.delete()
-    converted = {**variables, PARAMS: _nest(params), COLLECTION: _nest(packed)}
-    return freeze(converted) if isinstance(variables, FrozenDict) else converted
+    changed = {**variables, PARAMS: nest(params), COLLECTION: nest(packed)}
+    return freeze(changed) if isinstance(variables, FrozenDict) else changed
 
 
-def _pack(layer: LinenLayer, quantization: Quantization, box: Any) -> QuantizedTensor:
+def _pack(
+    layer: LinenLayer, quantization: Quantization, box: Any, tensor: QuantizedTensor | None
+) -> QuantizedTensor:
     weight = unboxed(box)
     stack = stack_positions(layer.stack_axes, weight.ndim)
     assert layer.product is not None
-    tensor = layer.holding(weight).pack(quantization)
+    if tensor is None:
+        tensor = layer.holding(weight).pack(quantization)
     # Waiting keeps the working memory of later layers from being taken before this one's is free.
     return jax.block_until_ready(box_like(box, tensor, layer.product, stack))
 
@@ -196,7 +224,7 @@ def _shapes(variables: Mapping[str, Any]) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
 
 
-def _nest(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+def nest(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     """Nested dicts of leaves by path."""
     tree: dict[str, Any] = {}
     for (*scope, name), leaf in leaves.items():
