@@ -243,8 +243,10 @@ def offsets(data: np.ndarray, _: np.ndarray) -> Iterator[tuple[str, Any]]:
     def prepare(model: Any, bits: int, rotate: bool, centred: bool) -> None:
         size = 32 if centred else 64
         rules = [
-            (path, dataclasses.replace(each, rotate=rotate, offsets=not centred))
-            for path, each in default_rules(model, bits, activations=None, group_size=size)
+            (path, dataclasses.replace(each, rotate=rotate))
+            for path, each in default_rules(
+                model, bits, activations=None, group_size=size, offsets=not centred
+            )
         ]
         calibrate_decoder(model, data, rules)
 

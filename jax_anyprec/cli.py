@@ -470,6 +470,7 @@ def evaluate(
     show_default=True,
     help="Weights that share a scale, where that divides a layer's inputs.",
 )
+@click.option("--offsets", is_flag=True, help="An offset beside each scale, of 16 bits as it is.")
 @click.option(
     "--tokens",
     type=click.IntRange(1),
@@ -503,6 +504,7 @@ def quantize_command(
     budget: float | None,
     activations: int | str | None,
     group_size: int,
+    offsets: bool,
     tokens: int,
     context: int,
     tune: int,
@@ -549,6 +551,7 @@ def quantize_command(
             bits or 4,
             activations=_activation_bits(activations),
             group_size=group_size,
+            offsets=offsets,
         )
         if budget is not None:
             with progress_bar("Choosing bits", MofNCompleteColumn()) as report:

@@ -47,6 +47,7 @@ def default_quantization(
     activations: int | None = 8,
     group_size: int | None = GROUP,
     act_scales: Literal["group", "token"] = "token",
+    offsets: bool = False,
 ) -> Quantization:
     """How a weight of K rows is held best: rotated, in groups, where K lets it be.
 
@@ -60,6 +61,7 @@ def default_quantization(
         rotate=k % MIN_BLOCK == 0,
         scale_dtype="float16",
         act_scales=act_scales,
+        offsets=offsets,
     )
 
 

@@ -269,11 +269,12 @@ def test_quantize_and_what_takes_its_folder(tmp_path):
         *("--tokens", 256, "--tune", 128, "--context", 64),
         *("--group-size", 32, "--activations", "float"),
     )
-    facts = run_json("quantize", folder, "--bits", 3, *options)
+    facts = run_json("quantize", folder, "--bits", 3, "--offsets", *options)
     assert facts["tokens"] == 256
+    assert all("offsets" in layer["becomes"] for layer in facts["layers"])
     assert (folder / "tuned.safetensors").exists()
     assert {layer["becomes"].split()[0] for layer in facts["layers"]} == {"W3A16"}
-    assert 3 < facts["bits_per_linear_weight"] < 4
+    assert facts["bits_per_linear_weight"] == 3 + 32 / 32
     result = run_json(
         "eval", "--held-out", "--calibrated", folder, "--tokens", 140, "--context", 64
     )

@@ -168,6 +168,8 @@ def test_errors() -> None:
     affine = ap.QuantizedTensor.from_codes(codes, scales, -scales, bits=4)
     with pytest.raises(ValueError, match="layer has offsets"):
         FakeQuantLinear.from_packed(QuantLinear.from_tensor(affine))
+    with pytest.raises(ValueError, match="quantization has offsets"):
+        FakeQuantLinear.from_linear(linear(), ap.Quantization(weights=4, offsets=True))
 
 
 class Pair(nnx.Module):
