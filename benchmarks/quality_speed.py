@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import re
 from typing import Any
@@ -96,11 +97,14 @@ def make(folder: pathlib.Path, tokens: int, held_out: int) -> dict[str, Row]:
         calibrate(folder / calibrated(bits), bits, data, others)
     make_files(folder, data)
     evaluator = Evaluator(loaded.model, windows(held_out_part, held_out, 1024))
-    qualities = {}
+    kept = folder / f"quality-{held_out}.json"
+    qualities: dict[str, Row] = json.loads(kept.read_text()) if kept.exists() else {}
     for name in names():
-        result = evaluator(model_of(folder, name))
-        qualities[name] = {"ratio": result.ratio, **dataclasses.asdict(result)}
-        log(f"{name}: KL divergence {result.kl:.4f}")
+        if name not in qualities:
+            result = evaluator(model_of(folder, name))
+            qualities[name] = {"ratio": result.ratio, **dataclasses.asdict(result)}
+            kept.write_text(json.dumps(qualities))
+            log(f"{name}: KL divergence {result.kl:.4f}")
     return qualities
 
 
