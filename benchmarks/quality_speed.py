@@ -154,7 +154,11 @@ def model_of(folder: pathlib.Path, name: str) -> Any:
     if maker == "llama.cpp":
         return models.load_gguf(file_of(folder, kind), quantization=None).model
     model = load().model
-    return model if name == "float32" else load_calibrated(model, folder / name)
+    if name == "float32":
+        return model
+    model = load_calibrated(model, folder / name)
+    models.pack_embedding(model, fetch.fetch("smollm2"))
+    return model
 
 
 def decode(folder: pathlib.Path, names: list[str], tokens: int) -> dict[str, Any]:

@@ -718,9 +718,12 @@ def _load_setting(
     if not isinstance(setting, Calibrated):
         return _load(path, setting, description)
     from .calibrate import load_calibrated
+    from .models import pack_embedding
 
     loaded = _load(path, None, description)
     model = load_calibrated(loaded.model, setting.folder, bits=setting.bits)
+    if path.is_file():  # GGUF; folders have float embeddings
+        pack_embedding(model, path)
     return dataclasses.replace(loaded, model=model)
 
 

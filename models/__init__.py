@@ -10,7 +10,7 @@ from .gpt2 import GPT2, GPT2Config
 from .huggingface import HuggingFaceError
 from .huggingface_packed import load_packed
 from .llama import Cache, Llama, LlamaConfig
-from .llama_gguf import load_gguf
+from .llama_gguf import load_gguf, pack_embedding
 from .loading import LoadedModel, WeightBytes, weight_bytes
 from .projections import Projections, merge_projections
 from .sentences import SentenceEncoder, load_sentence_encoder
@@ -38,5 +38,6 @@ __all__ = [
     "load_packed",
     "load_sentence_encoder",
     "merge_projections",
+    "pack_embedding",
     "weight_bytes",
 ]

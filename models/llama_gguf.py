@@ -6,6 +6,8 @@ import dataclasses
 import os
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -14,7 +16,7 @@ import jax_anyprec as ap
 from jax_anyprec.gguf import EXACT_TYPES, GGUFError, GGUFFile
 from jax_anyprec.quantization import Quantization
 
-from .dense import default_dtype
+from .dense import default_dtype, packed_embedding
 from .llama import Llama, LlamaConfig
 from .loading import (
     LoadedModel,
@@ -28,8 +30,9 @@ from .loading import (
 )
 from .tokenizer import Tokenizer
 
+EMBEDDING = "token_embd.weight"
 WEIGHTS = {
-    "token_embd.weight": Row("embed.embedding", "vocab hidden"),
+    EMBEDDING: Row("embed.embedding", "vocab hidden"),
     "output_norm.weight": Row("norm.scale", "hidden"),
     "output.weight": Row("head.kernel", "vocab hidden", (transpose,)),
     "blk.{i}.attn_norm.weight": Row("layers.{i}.attention_norm.scale", "hidden"),
@@ -130,6 +133,22 @@ def load_gguf(
     )
     name = file.get("general.name", str, file.path.stem)
     return LoadedModel(model, config, quantization, name, tokenizer)
+
+
+def pack_embedding(model: Llama, path: str | os.PathLike[str]) -> None:
+    """Hold a float model's embedding as its file does, without loss, where the type allows it.
+
+    It gives the same values and takes float features, as the output head too; but a fraction of the
+    bytes is read for each token.
+
+    Args:
+      model: loaded from the file with ``quantization=None``; changed in place.
+      path: of the file.
+    """
+    packed = GGUFWeights(GGUFFile(path)).packed(EMBEDDING)
+    if packed is not None:
+        weights = jax.tree.map(jnp.asarray, packed)
+        model.embed = packed_embedding(Quantization(activations=None), weights, model.dtype)
 
 
 def llama_config(file: GGUFFile) -> LlamaConfig:
