@@ -14,7 +14,15 @@ from flax import nnx
 
 import jax_anyprec as ap
 from jax_anyprec.gguf import GGUFError, GGUFFile
-from jax_anyprec.models import Cache, Llama, LlamaConfig, Quantization, load_gguf, weight_bytes
+from jax_anyprec.models import (
+    Cache,
+    Llama,
+    LlamaConfig,
+    Quantization,
+    load_gguf,
+    pack_embedding,
+    weight_bytes,
+)
 from jax_anyprec.models.attention import QUERY_BLOCK, attend, attend_causally
 
 FLOAT32_ERROR = 2e-4
@@ -197,6 +205,20 @@ def test_packed_weights_stay_packed(checkpoint):
     plain = weight_bytes(load_gguf(checkpoint, quantization=None, dtype=jnp.float32).model)
     assert plain.bits_per_linear_weight == 32
     assert plain.embedding == tiny.VOCAB * tiny.HIDDEN * 4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["Q8_0", "F32"])
+def test_embeddings_of_float_models_are_packed_without_loss(tmp_path, kind, tied):
+    kind = tiny.QuantType[kind]
+    path = tiny.write_llama(tmp_path / "m.gguf", linear=kind, embedding=kind, tied=tied)
+    model = load_gguf(path, quantization=None, dtype=jnp.float32).model
+    tokens = random_tokens(2, 11)
+    expected = forward(model, tokens)
+    pack_embedding(model, path)
+    size = 9 if kind == tiny.QuantType.Q8_0 else 32
+    assert weight_bytes(model).embedding == tiny.VOCAB * tiny.HIDDEN * size // 8
+    np.testing.assert_allclose(forward(model, tokens), expected, rtol=0, atol=FLOAT32_ERROR)
 
 
 def test_progress_counts_all_bytes(checkpoint):
