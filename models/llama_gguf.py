@@ -139,14 +139,14 @@ def pack_embedding(model: Llama, path: str | os.PathLike[str]) -> None:
     """Hold a float model's embedding as its file does, without loss, where the type allows it.
 
     It gives the same values and takes float features, as the output head too; but a fraction of the
-    bytes is read for each token.
+    bytes is read for each token. One that is packed already stays.
 
     Args:
       model: loaded from the file with ``quantization=None``; changed in place.
       path: of the file.
     """
     packed = GGUFWeights(GGUFFile(path)).packed(EMBEDDING)
-    if packed is not None:
+    if packed is not None and isinstance(model.embed, nnx.Embed):
         weights = jax.tree.map(jnp.asarray, packed)
         model.embed = packed_embedding(Quantization(activations=None), weights, model.dtype)
 

@@ -340,11 +340,11 @@ def _refit(
     """
     groups, n = grid.scales.shape
     there = jnp.broadcast_to(grids.there(len(codes), 0), weights.shape)
-    centred = grids.offsets
-    kinds = [jnp.where(there, grids.integers(codes), 0.0), there.astype(jnp.float32)][: 1 + centred]
+    unknowns = 2 if grids.offsets else 1
+    kinds = [jnp.where(there, grids.integers(codes), 0.0), there.astype(jnp.float32)][:unknowns]
     shape = (groups, grids.group_size, n)
     parts = [kind.reshape(shape) for kind in kinds]
-    now = [grid.scales, grid.centres(grids.largest(n))][: 1 + centred]
+    now = [grid.scales, grid.centres(grids.largest(n))][:unknowns]
 
     def against(x: jax.Array) -> jax.Array:
         """Products of each part with ``x [K, P N]``, ``[unknowns, P N]``."""
@@ -366,7 +366,7 @@ def _refit(
     matrices = matrices + ridge[..., None] * jnp.eye(ridge.shape[1])
     found = jnp.split(jnp.linalg.solve(matrices, wanted[..., None])[..., 0].T, len(parts))
     scales = jnp.clip(found[0], 0.5 * grid.scales, 2 * grid.scales)
-    if not centred:
+    if not grids.offsets:
         return grids.kept(Grid(scales, None))
     return grids.kept(Grid(scales, found[1] - scales * grids.largest(n)))
 
