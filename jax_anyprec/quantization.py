@@ -61,8 +61,8 @@ class Quantization:
             self.group_size is not None or self.rotate or self.scales or self.offsets
         ):
             raise ValueError(
-                "group_size, rotate, scales and offsets need Quantization.weights (1 to 8); "
-                "weights=None takes the checkpoint's own"
+                "group_size, rotate and scales need Quantization.weights (1 to 8), and so do "
+                "offsets; weights=None takes the checkpoint's own"
             )
 
     @property

@@ -825,3 +825,5 @@ def test_the_examples_of_the_docs_run() -> None:
     assert {path.split("/")[0] for path in flat(names["gradients"])} == {"embed", "head", "layers"}
     expected = ap.matmul(names["x"], names["packed"]["packed"]["w"], act_bits=8)
     np.testing.assert_array_equal(names["y"], expected.reshape(2, 5, 4, 32))
+    exact = names["encoder"].apply(names["floats"], names["batches"][0])
+    assert error(names["outputs"], exact) < 0.2
