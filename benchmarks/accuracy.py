@@ -76,15 +76,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help="of: " + ", ".join(PARTS))
     parser.add_argument("--only", default="", help="settings that have this in their names")
     options = parser.parse_args()
-    loaded = load()
-    articles = list(read_articles(fetch.fetch("wikipedia")))
-
-    def windows(part: Any, tokens: int, context: int) -> np.ndarray:
-        texts = (article.text for article in part(articles))
-        return choose_windows(encode_texts(texts, loaded.tokenizer.encode), tokens, context)
-
-    data, others = split(windows(calibration_part, 2 * options.tokens, 512), options.tokens)
-    evaluator = Evaluator(loaded.model, windows(held_out_part, options.held_out, 1024))
+    data, others, evaluator = read_texts(options.tokens, options.held_out)
     facts = {"calibration_tokens": data.size, "context": 512, "held_out": options.held_out}
     rows = rows_of(options.json, facts)
     done = {(row["part"], row["setting"]) for row in rows}
@@ -98,6 +90,19 @@ def main() -> None:
             if options.json:
                 write_json(options.json, "benchmarks.accuracy", {**facts, "rows": rows})
     print(summary(rows))
+
+
+def read_texts(tokens: int, held_out: int) -> tuple[np.ndarray, np.ndarray, Evaluator]:
+    """Windows of so many tokens to calibrate and to tune on, and an evaluator on held-out ones."""
+    loaded = load()
+    articles = list(read_articles(fetch.fetch("wikipedia")))
+
+    def windows(part: Any, tokens: int, context: int) -> np.ndarray:
+        texts = (article.text for article in part(articles))
+        return choose_windows(encode_texts(texts, loaded.tokenizer.encode), tokens, context)
+
+    data, others = split(windows(calibration_part, 2 * tokens, 512), tokens)
+    return data, others, Evaluator(loaded.model, windows(held_out_part, held_out, 1024))
 
 
 def load() -> Any:

@@ -1,6 +1,6 @@
 """What quality SmolLM2 decodes with at what speed: ours, calibrated, and files of llama.cpp's.
 
-    python -m benchmarks.quality_speed --json benchmarks/results/quality-speed-NAME.json
+    python -m benchmarks.quality_speed --folder FOLDER --json RESULTS.json
 
 Ours are calibrated as by ``jax-anyprec quantize --bits N``, on fewer tokens. llama.cpp's files are
 made by llama.cpp of the same GGUF file, with an importance matrix of the same tokens. Quality is
@@ -23,18 +23,9 @@ import numpy as np
 from jax_anyprec import fetch, models
 from jax_anyprec.calibrate import load_calibrated
 from jax_anyprec.gguf import GGUFFile
-from jax_anyprec.models.calibration import (
-    calibrate_decoder,
-    calibration_part,
-    decoder_tuning,
-    default_rules,
-    held_out_part,
-    split,
-)
-from jax_anyprec.models.evaluate import Evaluator, choose_windows, encode_texts
-from jax_anyprec.models.wikipedia import read_articles
+from jax_anyprec.models.calibration import calibrate_decoder, decoder_tuning, default_rules
 
-from .accuracy import importances, load
+from .accuracy import importances, load, read_texts
 from .decoders import Decoder, LlamaCpp, OurDecoder, requantize
 from .isolate import on_cores, thread_counts
 from .machine import limits, machine
@@ -85,18 +76,10 @@ def main() -> None:
 
 def make(folder: pathlib.Path, tokens: int, held_out: int) -> dict[str, Row]:
     """Make all models in a folder, and measure what each loses, by name."""
-    loaded = load()
-    articles = list(read_articles(fetch.fetch("wikipedia")))
-
-    def windows(part: Any, count: int, context: int) -> np.ndarray:
-        texts = (article.text for article in part(articles))
-        return choose_windows(encode_texts(texts, loaded.tokenizer.encode), count, context)
-
-    data, others = split(windows(calibration_part, 2 * tokens, 512), tokens)
+    data, others, evaluator = read_texts(tokens, held_out)
     for bits in BITS:
         calibrate(folder / calibrated(bits), bits, data, others)
     make_files(folder, data)
-    evaluator = Evaluator(loaded.model, windows(held_out_part, held_out, 1024))
     kept = folder / f"quality-{held_out}.json"
     qualities: dict[str, Row] = json.loads(kept.read_text()) if kept.exists() else {}
     for name in names():

@@ -46,6 +46,11 @@ class Layer(Candidate):
     def abstract(self) -> bool:
         return isinstance(self.weight, jax.ShapeDtypeStruct)
 
+    @property
+    def is_single(self) -> bool:
+        """Whether the weight is one matrix ``[K, N]``: no stack, no batch."""
+        return self.matrix is not None and len(self.matrix) == 2 and not self.stacked
+
     def pack(self, quantization: Quantization) -> QuantizedTensor:
         """The packed weight ``(stack..., ..., K, N)``; a tensor of shapes if the weight is one."""
 

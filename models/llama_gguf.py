@@ -6,8 +6,6 @@ import dataclasses
 import os
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -16,7 +14,7 @@ import jax_anyprec as ap
 from jax_anyprec.gguf import EXACT_TYPES, GGUFError, GGUFFile
 from jax_anyprec.quantization import Quantization
 
-from .dense import default_dtype, packed_embedding
+from .dense import default_dtype
 from .llama import Llama, LlamaConfig
 from .loading import (
     LoadedModel,
@@ -145,10 +143,15 @@ def pack_embedding(model: Llama, path: str | os.PathLike[str]) -> None:
       model: loaded from the file with ``quantization=None``; changed in place.
       path: of the file.
     """
-    packed = GGUFWeights(GGUFFile(path)).packed(EMBEDDING)
-    if packed is not None and isinstance(model.embed, nnx.Embed):
-        weights = jax.tree.map(jnp.asarray, packed)
-        model.embed = packed_embedding(Quantization(activations=None), weights, model.dtype)
+    if isinstance(model.embed, nnx.Embed):
+        fill(
+            model,
+            {EMBEDDING: weight_map(model.config)[EMBEDDING]},
+            GGUFWeights(GGUFFile(path)),
+            quantization=Quantization(activations=None),
+            dtype=model.dtype,
+            progress=None,
+        )
 
 
 def llama_config(file: GGUFFile) -> LlamaConfig:

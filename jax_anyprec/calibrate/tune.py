@@ -24,11 +24,10 @@ from .. import format as fmt
 from ..checkpoint import load_into, save
 from ..nnx.packed import Packed
 from ..nnx.references import Reference, references
-from ..quantize import DISTORTION
+from ..quantize import DISTORTION, Grid
 from ..tensor import QuantizedTensor
 from .blocks import Call, call_plainly
 
-FIELDS = ("scales", "offsets")
 KEEP = 8
 """Steps after which what has been done is kept."""
 
@@ -163,7 +162,7 @@ def numbers(model: nnx.Module) -> dict[str, jax.Array]:
     for path, node in _nodes(model):
         if isinstance(node, Packed):
             tensor: QuantizedTensor = node.get_value()
-            fields = {field: _restored(tensor, field) for field in FIELDS}
+            fields = {field: _restored(tensor, field) for field in Grid._fields}
             found |= {f"{path}/{f}": value for f, value in fields.items() if value is not None}
         elif isinstance(node, nnx.Param) and _is_vector(node.get_value()):
             found[path] = node.get_value()
@@ -176,7 +175,7 @@ def set_numbers(model: nnx.Module, values: Mapping[str, jax.Array]) -> None:
         if isinstance(node, Packed):
             tensor: QuantizedTensor = node.get_value()
             new: dict[str, Any] = {
-                f: values[f"{path}/{f}"] for f in FIELDS if getattr(tensor, f) is not None
+                f: values[f"{path}/{f}"] for f in Grid._fields if getattr(tensor, f) is not None
             }
             if tensor.prepared:
                 new = {field: fmt.tile_groups(value) for field, value in new.items()}

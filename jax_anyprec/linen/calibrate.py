@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from flax.core import FrozenDict, freeze, meta
+from flax.core import meta
 
 from .._compat import Tracer
 from ..calibrate.moments import Moments, moments_of
@@ -18,8 +18,8 @@ from ..einsum import einsum_rows
 from ..plan import Plan
 from ..rules import Rules
 from .boxes import unboxed
-from .calls import Calls, EinsumCall, by_function, called, describe_call, plain
-from .convert import Chosen, choose, converted, nest, quantized_module
+from .calls import Calls, EinsumCall, by_function, described_call, plain
+from .convert import Chosen, choose, converted, quantized_module, with_collections
 from .find import LinenLayer, flatten
 from .quantized import Quantized
 from .weights import PARAMS
@@ -173,11 +173,9 @@ class _Calibration:
             kwargs: dict[str, Any],
             context: nn.module.InterceptorContext,
         ) -> Any:
-            function = called(context)
-            if function in functions:
-                layer = context.module
-                call = describe_call(functions[function], layer, args, kwargs)
-                show((*layer.path, call.weight), call)
+            call = described_call(functions, args, kwargs, context)
+            if call is not None:
+                show((*context.module.path, call.weight), call)
             return next_function(*args, **kwargs)
 
         with nn.intercept_methods(intercept):
@@ -214,12 +212,9 @@ class _Calibration:
         box = params[path]
         bias = (unboxed(box) + shift).astype(unboxed(box).dtype)
         params[path] = box.replace_boxed(bias) if isinstance(box, meta.AxisMetadata) else bias
-        changed = {**self.variables, PARAMS: nest(params)}
-        frozen = isinstance(self.variables, FrozenDict)
-        self.variables = freeze(changed) if frozen else changed
+        self.variables = with_collections(self.variables, {PARAMS: params})
 
 
 def _has_rows(layer: LinenLayer, call: EinsumCall) -> bool:
     """Whether the weight is a single matrix, and this call shows rows that it multiplies."""
-    single = layer.matrix is not None and len(layer.matrix) == 2 and not layer.stacked
-    return single and not isinstance(call.inputs, Tracer)
+    return layer.is_single and not isinstance(call.inputs, Tracer)

@@ -137,3 +137,14 @@ def describe_call(
             f"calls must give an EinsumCall for each call, got {call!r} for {type(module).__name__}"
         )
     return call
+
+
+def described_call(
+    functions: Mapping[Callable[..., Any], Describe],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    context: nn.module.InterceptorContext,
+) -> EinsumCall | None:
+    """What an intercepted call multiplies, as `by_function` has it described; None if nothing."""
+    describe = functions.get(called(context))
+    return None if describe is None else describe_call(describe, context.module, args, kwargs)

@@ -163,7 +163,14 @@ def converted(
         kernel = unboxed(box)
         if donate and isinstance(kernel, jax.Array) and places[id(kernel)] == 1:
             kernel.delete()
-    changed = {**variables, PARAMS: nest(params), COLLECTION: nest(packed)}
+    return with_collections(variables, {PARAMS: params, COLLECTION: packed})
+
+
+def with_collections(
+    variables: Mapping[str, Any], collections: Mapping[str, Mapping[tuple[str, ...], Any]]
+) -> Any:
+    """Variables with other collections, given as leaves by path; frozen if they were."""
+    changed = {**variables, **{name: _nest(leaves) for name, leaves in collections.items()}}
     return freeze(changed) if isinstance(variables, FrozenDict) else changed
 
 
@@ -224,7 +231,7 @@ def _shapes(variables: Mapping[str, Any]) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
 
 
-def nest(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+def _nest(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     """Nested dicts of leaves by path."""
     tree: dict[str, Any] = {}
     for (*scope, name), leaf in leaves.items():

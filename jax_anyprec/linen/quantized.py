@@ -109,8 +109,7 @@ def interceptor(calls: Calls) -> Callable[..., Any]:
             weight = module.get_variable(PARAMS, "embedding")
             if isinstance(weight, PackedWeight):
                 return EMBED[function](module, weight, *args, **kwargs)
-        elif function in functions:
-            call = described.describe_call(functions[function], module, args, kwargs)
+        elif call := described.described_call(functions, args, kwargs, context):
             weight = module.get_variable(PARAMS, call.weight)
             if isinstance(weight, PackedWeight):
                 return multiply(module, call, weight)

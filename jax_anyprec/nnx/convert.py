@@ -105,9 +105,7 @@ class Found:
     @property
     def has_rows(self) -> bool:
         """Whether the weight is a single matrix, and inputs are rows that it multiplies."""
-        layer = self.layer
-        single = layer.matrix is not None and len(layer.matrix) == 2 and not layer.stacked
-        return single and self.kind is not None and self.kind.rows is not None
+        return self.layer.is_single and self.kind is not None and self.kind.rows is not None
 
     def rows(self, x: Any) -> jax.Array:
         """An input of the layer as ``float[rows, K]``, where it `has_rows`."""
