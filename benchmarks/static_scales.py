@@ -14,9 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jax_anyprec.calibrate.observe import Run, observe
-from jax_anyprec.format import act_codes_to_ints
 from jax_anyprec.nnx.convert import Found
-from jax_anyprec.reference import quantize_activations
 from jax_anyprec.rotation import Rotation
 
 
@@ -27,12 +25,11 @@ class StaticScale(nnx.Module):
         self.layer, self.bits, self.largest = layer, bits, largest
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        k, rotation = x.shape[-1], Rotation.for_size(x.shape[-1])
-        peaks = jnp.full(x.shape[:-1], self.largest)
-        codes, scales = quantize_activations(
-            x, bits=self.bits, group_size=k, rotation=rotation, peaks=peaks
-        )
-        return self.layer(rotation.invert(act_codes_to_ints(codes, self.bits) * scales))
+        rotation = Rotation.for_size(x.shape[-1])
+        levels = 2 ** (self.bits - 1) - 1
+        step = self.largest / levels
+        codes = jnp.clip(jnp.rint(rotation.apply(x) / step), -levels, levels)
+        return self.layer(rotation.invert(codes * step))
 
 
 def put_static_scales(
