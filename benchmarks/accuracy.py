@@ -48,6 +48,7 @@ from jax_anyprec.nnx.packed import Packed
 from jax_anyprec.nnx.references import references
 
 from . import ggml_types
+from .folded import fold, folded_rules
 from .machine import commit
 from .report import Row, rows_of, table, write_json
 from .static_scales import put_static_scales
@@ -306,6 +307,27 @@ def static(data: np.ndarray, _: np.ndarray) -> Iterator[tuple[str, Any]]:
             yield name, functools.partial(prepare, bits=bits, percentile=percentile)
 
 
+def folded(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
+    """Rotations folded into weights or on line, all in groups of 64, rounded or calibrated."""
+
+    def prepare(model: Any, bits: int, acts: int | None, into: bool, calibrate: bool) -> None:
+        if into:
+            fold(model)
+        rules = (folded_rules if into else default_rules)(model, bits, activations=acts)
+        if calibrate:
+            calibrate_decoder(model, data, rules, tuning=decoder_tuning(others))
+        else:
+            ap.quantize_model(model, rules)
+
+    for bits, acts, calibrate in (
+        (8, 8, False), (8, 4, False), (4, None, False), (4, 8, True), (3, None, True)
+    ):  # fmt: skip
+        for into in BOTH:
+            name = f"W{bits}A{acts or 16}, {'calibrated, tuned' if calibrate else 'rounded'}"
+            run = functools.partial(prepare, bits=bits, acts=acts, into=into, calibrate=calibrate)
+            yield f"{name}, {'folded' if into else 'on line'}", run
+
+
 # --- ggml ---
 
 
@@ -370,6 +392,7 @@ PARTS: dict[str, Callable[[np.ndarray, np.ndarray], Iterator[tuple[str, Any]]]] 
     "ablation": ablation,
     "activations": activations,
     "static": static,
+    "folded": folded,
     "activations smoothed": functools.partial(activations, method="smoothed"),
     "activations calibrated": functools.partial(activations, method="calibrated"),
 }
