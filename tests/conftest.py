@@ -17,11 +17,14 @@ sys.path.append(str(Path(__file__).parents[1]))
 jax.config.update("jax_num_cpu_devices", 8)  # one computes, unless a test asks for more
 
 
-LONGEST = ("test_cuda_kernels", "test_accuracy", "test_isa", "test_calibrate", "test_products")
+LONGEST = (
+    "test_cuda_kernels", "test_products", "test_sass", "test_cli", "test_gpu_benchmarks",
+    "test_fusion", "test_cuda_device_on_cpu", "test_accuracy",
+)  # fmt: skip
 """Files that take the longest begin first, so that no process is left alone with one at the end."""
 
-OPTIMIZED = ("test_accuracy", "test_generate", "test_products")
-"""Files whose programs are compiled as users' are: products, and real models on them.
+OPTIMIZED = ("test_accuracy", "test_products")
+"""Files whose programs are compiled as users' are: products, and a real model on long texts.
 
 In all others compiling is most of the time, so it is done quickly.
 """
