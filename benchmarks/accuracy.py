@@ -320,7 +320,7 @@ def folded(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
             ap.quantize_model(model, rules)
 
     for bits, acts, calibrate in (
-        (8, 8, False), (8, 4, False), (4, None, False), (4, 8, True), (3, None, True)
+        (8, 8, False), (8, 4, False), (4, None, False), (4, 8, True)
     ):  # fmt: skip
         for into in BOTH:
             name = f"W{bits}A{acts or 16}, {'calibrated, tuned' if calibrate else 'rounded'}"
