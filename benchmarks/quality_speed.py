@@ -37,10 +37,13 @@ KINDS = ("Q8_0", "Q5_K_S", "Q4_K_S", "Q4_0", "IQ4_NL", "Q3_K_S", "IQ3_XXS", "Q2_
 SETTINGS = {
     "W4A8 as in the file": models.Quantization(),
     "W4A16 as in the file": models.Quantization(activations=None),
-    # But for the rotation as what is calibrated: so this shows what rotating costs.
-    "W4A8 rounded, not rotated": models.Quantization(
-        weights=4, group_size=64, act_scales="token", scale_dtype="float16"
-    ),
+    # As what is calibrated, and but for the rotation: so these show what rotating costs.
+    **{
+        f"W4A8 rounded, {'' if rotate else 'not '}rotated": models.Quantization(
+            weights=4, group_size=64, act_scales="token", scale_dtype="float16", rotate=rotate
+        )
+        for rotate in (True, False)
+    },
 }
 TENSORS = {
     r"layers/(\d+)/attention/qkv": ("attn_q", "attn_k", "attn_v"),

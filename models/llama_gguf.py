@@ -28,6 +28,9 @@ from .loading import (
 )
 from .tokenizer import Tokenizer
 
+HEAD_BITS = 8
+"""Of the features that `pack_embedding` lets an output head take: fewer would cost predictions."""
+
 EMBEDDING = "token_embd.weight"
 WEIGHTS = {
     EMBEDDING: Row("embed.embedding", "vocab hidden"),
@@ -134,13 +137,15 @@ def load_gguf(
 
 
 def pack_embedding(model: Llama, path: str | os.PathLike[str]) -> None:
-    """Hold a float model's embedding as its file does, without loss, where the type allows it.
+    """Hold a float embedding as its file does, without loss, where the type allows it.
 
-    It gives the same values and takes float features, as the output head too; but a fraction of the
-    bytes is read for each token. One that is packed already stays.
+    It gives the same values, and a fraction of the bytes is read for each token. As the output head
+    it takes features of `HEAD_BITS` if any packed layer of the model rounds its activations, else
+    float ones. One that is packed already stays.
 
     Args:
-      model: loaded from the file with ``quantization=None``; changed in place.
+      model: loaded from the file with ``quantization=None``, and then packed, calibrated, or left
+        as it is; changed in place.
       path: of the file.
     """
     if isinstance(model.embed, nnx.Embed):
@@ -148,10 +153,16 @@ def pack_embedding(model: Llama, path: str | os.PathLike[str]) -> None:
             model,
             {EMBEDDING: weight_map(model.config)[EMBEDDING]},
             GGUFWeights(GGUFFile(path)),
-            quantization=Quantization(activations=None),
+            quantization=Quantization(activations=HEAD_BITS if _rounds(model) else None),
             dtype=model.dtype,
             progress=None,
         )
+
+
+def _rounds(model: nnx.Module) -> bool:
+    """Whether a packed layer of the model rounds its activations."""
+    layers = (module for _, module in nnx.iter_modules(model))
+    return any(isinstance(x, ap.nnx.QuantLinear) and x.activations is not None for x in layers)
 
 
 def llama_config(file: GGUFFile) -> LlamaConfig:

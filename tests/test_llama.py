@@ -221,6 +221,14 @@ def test_embeddings_of_float_models_are_packed_without_loss(tmp_path, kind, tied
     np.testing.assert_allclose(forward(model, tokens), expected, rtol=0, atol=FLOAT32_ERROR)
 
 
+@pytest.mark.parametrize(("activations", "head"), [(None, None), (8, 8), (4, 8)])
+def test_packed_embeddings_round_features_where_layers_do(checkpoint, activations, head):
+    model = load_gguf(checkpoint, quantization=None, dtype=jnp.float32).model
+    ap.quantize_model(model, ap.Quantization(weights=4, activations=activations))
+    pack_embedding(model, checkpoint)
+    assert model.embed.activations == head
+
+
 def test_progress_counts_all_bytes(checkpoint):
     calls: list[tuple[int, int]] = []
     load_gguf(checkpoint, progress=lambda done, total: calls.append((done, total)))
