@@ -1,0 +1,34 @@
+"""The benchmark of folded rotations: a folded model computes what it did, and is rotated inside."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synthetic_gguf as tiny
+from flax import nnx
+
+from benchmarks.folded import fold, folded_rules, orthogonal
+from jax_anyprec.models import load_gguf
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 16, 64, 576])
+def test_channels_are_mixed_alike(size):
+    matrix = orthogonal(size)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-5)
+    assert np.abs(matrix).max() <= np.sqrt(2 / size) + 1e-6
+
+
+def test_folded_models_compute_the_same(tmp_path):
+    def load():
+        path = tiny.write_llama(tmp_path / "tiny.gguf")
+        return load_gguf(path, quantization=None, dtype=jnp.float32).model
+
+    model, folded = load(), load()
+    fold(folded)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, tiny.VOCAB, (2, 9)))
+    np.testing.assert_allclose(folded(tokens), model(tokens), atol=2e-4)
+    inside = nnx.state(folded.layers[0].attention)
+    assert not np.allclose(
+        inside["output"]["kernel"][...], model.layers[0].attention.output.kernel[...], atol=1e-2
+    )
+    rotated = {path.split("/")[-1] for path, each in folded_rules(folded, 4, None) if each.rotate}
+    assert rotated <= {"down"}
