@@ -194,14 +194,13 @@ def decoder_costs(
     """`jax_anyprec.calibrate.measure_costs` of a decoder, by what its predictions lose.
 
     At most FEW of the windows, evenly spaced, are used. A scale for each output channel is
-    among the choices, and so are offsets.
+    among the choices.
     """
     return ap.calibrate.measure_costs(
         model,
         rules,
         _few(windows, 1),  # derivatives take much memory
         group_sizes=(None,),
-        offsets=True,
         loss=ap.calibrate.sampled_loss,
         call=lambda decoder, tokens: decoder(tokens),
         progress=progress,

@@ -375,25 +375,6 @@ def test_groups_are_chosen_too():
         choices((48,))
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_offsets_are_chosen_too(given):
-    """Where the rule has none, each number of bits is offered without and with them."""
-    linear = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
-    linear.kernel[...] += 0.2  # so that they are worth something
-    data = [jnp.asarray(inputs(np.random.default_rng(0), 256, 64))]
-    rules = dataclasses.replace(FLOAT, group_size=32, offsets=given)
-    costs = ap.calibrate.measure_costs(
-        nnx.Sequential(linear), rules, data, bits=(2, 3), offsets=True
-    )
-    found = {(c.quantization.offsets, c.quantization.weights): c for c in costs.choices[0]}
-    assert len(found) == len(costs.choices[0]) == (2 if given else 4)
-    if not given:
-        for bits in (2, 3):
-            centred, shifted = found[False, bits], found[True, bits]
-            assert shifted.nbytes == centred.nbytes + 2 * 32 * 2  # one in float16 for each group
-            assert shifted.loss < centred.loss
-
-
 def test_the_same_again():
     first, second = (ap.calibrate_model(Model(), FLOAT, batches(2)).model for _ in range(2))
     for a, b in zip(leaves(first), leaves(second), strict=True):

@@ -175,7 +175,6 @@ def measure_costs(
     *,
     bits: Iterable[int] = range(1, 9),
     group_sizes: Iterable[int | None] = (),
-    offsets: bool = False,
     loss: Loss = projected_loss,
     call: Callable[[Any, Any], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -192,7 +191,6 @@ def measure_costs(
       batches: a few are enough.
       bits: to choose from.
       group_sizes: to choose from, besides the rule's; None is a scale for each output channel.
-      offsets: whether offsets beside the scales are to choose from, where the rule has none.
       loss: from the model's output and a key to a scalar: `sampled_loss` for logits, by default
         `projected_loss`, which measures the squared change of any output.
       call: ``call(model, batch)`` runs the model; None for ``model(batch)``.
@@ -205,7 +203,7 @@ def measure_costs(
     widths = [check_bits(each, "bits") for each in bits]
     layers = quantized_by(model, rules)
     sizes = list(group_sizes)
-    held = [_held(each, quantization, sizes, offsets) for each, quantization in layers]
+    held = [_held(each, quantization, sizes) for each, quantization in layers]
     rows = [f for f, _ in layers if f.has_rows]
     run = call or call_plainly
     seen = sensitivities(model, rows, list(batches), loss=loss, call=run)
@@ -227,16 +225,11 @@ def _count(found: Found) -> int:
 
 
 def _held(
-    found: Found, quantization: Quantization, group_sizes: Sequence[int | None], offsets: bool
+    found: Found, quantization: Quantization, group_sizes: Sequence[int | None]
 ) -> list[Quantization]:
     """How a layer may be held but for the bits, each once; ValueError if it can't be."""
     sizes = dict.fromkeys((quantization.group_size, *group_sizes))
-    both = dict.fromkeys((quantization.offsets, quantization.offsets or offsets))
-    held = [
-        dataclasses.replace(quantization, group_size=size, offsets=each)
-        for size in sizes
-        for each in both
-    ]
+    held = [dataclasses.replace(quantization, group_size=size) for size in sizes]
     for each in held:
         found.layer.packed_nbytes(each)
     return held
