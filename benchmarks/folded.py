@@ -53,7 +53,12 @@ def folded_rules(
 ) -> Sequence[tuple[str, Quantization]]:
     """The default rules of a model that `fold` has changed: rotated is what still has to be."""
     return [
-        (path, dataclasses.replace(each, rotate=not set(FOLDED) & set(path.split("/"))))
+        (
+            path,
+            dataclasses.replace(
+                each, rotate=each.rotate and not set(FOLDED) & set(path.split("/"))
+            ),
+        )
         for path, each in default_rules(model, bits, activations=activations)
     ]
 

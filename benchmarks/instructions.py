@@ -11,15 +11,12 @@ compiler, so those of another one are shown and not compared.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import os
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 
 from .report import table
 
@@ -38,11 +35,7 @@ def main() -> None:
         program = build(pathlib.Path(folder))
         compiler = compiler_of(pathlib.Path(folder))
         cases = run(str(program)).stdout.splitlines()
-        pairs = list(itertools.product(ISAS, cases))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = pool.map(lambda pair: count(program, *pair), pairs)
-            counted = dict(zip(pairs, found, strict=True))
-        counts = {isa: {case: counted[isa, case] for case in cases} for isa in ISAS}
+        counts = {isa: {case: count(program, isa, case) for case in cases} for isa in ISAS}
     recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {"counts": {}}
     rows = [
         (isa, case, n, recorded["counts"].get(isa, {}).get(case))

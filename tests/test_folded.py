@@ -7,7 +7,7 @@ import synthetic_gguf as tiny
 from flax import nnx
 
 from benchmarks.folded import fold, folded_rules, orthogonal
-from jax_anyprec.models import load_gguf
+from jax_anyprec.models import Llama, LlamaConfig, load_gguf
 
 
 @pytest.mark.parametrize("size", [1, 2, 9, 16, 64, 576])
@@ -30,5 +30,13 @@ def test_folded_models_compute_the_same(tmp_path):
     assert not np.allclose(
         inside["output"]["kernel"][...], model.layers[0].attention.output.kernel[...], atol=1e-2
     )
-    rotated = {path.split("/")[-1] for path, each in folded_rules(folded, 4, None) if each.rotate}
-    assert rotated <= {"down"}
+
+
+def test_only_what_comes_as_it_was_is_rotated():
+    """An inner size of 128 has rotations, and a hidden one of 64."""
+    config = LlamaConfig(
+        vocab_size=8, num_layers=1, hidden_size=64, intermediate_size=128, num_heads=1,
+        num_kv_heads=1, head_dim=64, context_length=8,
+    )  # fmt: skip
+    rules = folded_rules(Llama(config, rngs=nnx.Rngs(0)), 4, None)
+    assert {path.rpartition("/")[2] for path, each in rules if each.rotate} == {"down"}
