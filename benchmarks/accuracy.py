@@ -132,6 +132,20 @@ def measure(evaluator: Evaluator, prepare: Prepare) -> Row:
 # --- calibrated ---
 
 
+def rules_for(model: Any, bits: int, rotate: bool, **options: Any) -> Any:
+    """The default rules for weights beside float activations, all rotated or none."""
+    rules = default_rules(model, bits, activations=None, **options)
+    return [(path, dataclasses.replace(each, rotate=rotate)) for path, each in rules]
+
+
+def pack(model: Any, rules: Any, data: np.ndarray, others: np.ndarray, calibrate: bool) -> None:
+    """By rules: calibrated and tuned, or rounded to nearest."""
+    if calibrate:
+        calibrate_decoder(model, data, rules, tuning=decoder_tuning(others))
+    else:
+        ap.quantize_model(model, rules)
+
+
 def budgets(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
     """Mixed bits under a budget, calibrated, and then tuned on other windows."""
 
@@ -153,10 +167,7 @@ def weights(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
 
     def prepare(model: Any, bits: int, nearest: bool) -> None:
         rules = default_rules(model, bits, activations=None)
-        if nearest:
-            ap.quantize_model(model, rules)
-        else:
-            calibrate_decoder(model, data, rules, tuning=decoder_tuning(others))
+        pack(model, rules, data, others, calibrate=not nearest)
 
     for bits in (4, 2):
         for nearest in BOTH:
@@ -216,17 +227,10 @@ def ablation(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
     method = ap.calibrate.Method
 
     def nearest(model: Any, rotate: bool) -> None:
-        rules = [
-            (path, dataclasses.replace(each, rotate=rotate))
-            for path, each in default_rules(model, 3, activations=None)
-        ]
-        ap.quantize_model(model, rules)
+        ap.quantize_model(model, rules_for(model, 3, rotate))
 
     def calibrated(model: Any, method: Any, rotate: bool = True, tuning: Any = None) -> None:
-        rules = [
-            (path, dataclasses.replace(each, rotate=rotate))
-            for path, each in default_rules(model, 3, activations=None)
-        ]
+        rules = rules_for(model, 3, rotate)
         calibrate_decoder(model, data, rules, method=method, tuning=tuning)
 
     yield "round to nearest", functools.partial(nearest, rotate=False)
@@ -248,12 +252,7 @@ def offsets(data: np.ndarray, _: np.ndarray) -> Iterator[tuple[str, Any]]:
 
     def prepare(model: Any, bits: int, rotate: bool, centred: bool) -> None:
         size = 32 if centred else 64
-        rules = [
-            (path, dataclasses.replace(each, rotate=rotate))
-            for path, each in default_rules(
-                model, bits, activations=None, group_size=size, offsets=not centred
-            )
-        ]
+        rules = rules_for(model, bits, rotate, group_size=size, offsets=not centred)
         calibrate_decoder(model, data, rules)
 
     for bits in (4, 3, 2):
@@ -278,12 +277,9 @@ def activations(
         scales: Any = "token" if group is None else "group"
         sizes = {} if group is None else {"group_size": group}
         rules = default_rules(model, 8, activations=bits, act_scales=scales, **sizes)
-        if method == "calibrated":
-            calibrate_decoder(model, data, rules, tuning=decoder_tuning(others))
-            return
         if method == "smoothed":
             smooth_decoder(model, data)
-        ap.quantize_model(model, rules)
+        pack(model, rules, data, others, calibrate=method == "calibrated")
 
     for bits, group in ACTIVATIONS:
         name = f"W8A{bits or 16}, a scale a {f'group of {group}' if group else 'token'}"
@@ -314,10 +310,7 @@ def folded(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
         if into:
             fold(model)
         rules = (folded_rules if into else default_rules)(model, bits, activations=acts)
-        if calibrate:
-            calibrate_decoder(model, data, rules, tuning=decoder_tuning(others))
-        else:
-            ap.quantize_model(model, rules)
+        pack(model, rules, data, others, calibrate)
 
     for bits, acts, calibrate in (
         (8, 8, False), (8, 4, False), (4, None, False), (4, 8, True)

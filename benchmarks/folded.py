@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +36,15 @@ def fold(model: Llama) -> None:
             (layer.feed_forward_norm, feed_forward.gate_up.layers),
         ):
             for taker in takers:
-                _set(taker, stream.T @ (norm.scale[...][:, None] * taker.kernel[...]))
+                scaled = norm.scale[...][:, None] * taker.kernel[...]
+                taker.kernel.set_value(stream.T @ scaled)
             norm.scale.set_value(jnp.ones_like(norm.scale[...]))
-        kernel, width = attention.qkv.layers[-1].kernel[...], len(values)
-        turned = jnp.concatenate([kernel[:, :-width], kernel[:, -width:] @ values], axis=1)
-        _set(attention.qkv.layers[-1], turned)
-        _set(attention.output, taken.T @ attention.output.kernel[...] @ stream)
-        _set(feed_forward.down, feed_forward.down.kernel[...] @ stream)
+        last, width = attention.qkv.layers[-1].kernel, len(values)
+        others, given = jnp.split(last[...], [last.shape[1] - width], axis=1)
+        last.set_value(jnp.concatenate([others, given @ values], axis=1))
+        output, down = attention.output.kernel, feed_forward.down.kernel
+        output.set_value(taken.T @ output[...] @ stream)
+        down.set_value(down[...] @ stream)
     model.embed = _Turned(model.embed, stream)
     model.norm = _Returned(model.norm, stream)
 
@@ -52,15 +53,15 @@ def folded_rules(
     model: Llama, bits: int, activations: int | None
 ) -> Sequence[tuple[str, Quantization]]:
     """The default rules of a model that `fold` has changed: rotated is what still has to be."""
+    rules = default_rules(model, bits, activations=activations)
     return [
-        (
-            path,
-            dataclasses.replace(
-                each, rotate=each.rotate and not set(FOLDED) & set(path.split("/"))
-            ),
-        )
-        for path, each in default_rules(model, bits, activations=activations)
+        (path, dataclasses.replace(each, rotate=False) if _comes_rotated(path) else each)
+        for path, each in rules
     ]
+
+
+def _comes_rotated(path: str) -> bool:
+    return not set(FOLDED).isdisjoint(path.split("/"))
 
 
 def orthogonal(size: int) -> np.ndarray:
@@ -98,7 +99,3 @@ class _Returned(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.norm(x @ self.rotation[...].T)
-
-
-def _set(layer: Any, kernel: jax.Array) -> None:
-    layer.kernel.set_value(kernel)

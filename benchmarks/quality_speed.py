@@ -23,7 +23,13 @@ import numpy as np
 from jax_anyprec import fetch, models
 from jax_anyprec.calibrate import load_calibrated
 from jax_anyprec.gguf import GGUFFile
-from jax_anyprec.models.calibration import calibrate_decoder, decoder_tuning, default_rules
+from jax_anyprec.models.calibration import (
+    calibrate_decoder,
+    decoder_tuning,
+    default_quantization,
+    default_rules,
+)
+from jax_anyprec.rotation import MIN_BLOCK
 
 from .accuracy import importances, load, read_texts
 from .decoders import Decoder, LlamaCpp, OurDecoder, requantize
@@ -34,16 +40,13 @@ from .report import Row, table, write_json
 
 BITS = (4, 3, 2)
 KINDS = ("Q8_0", "Q5_K_S", "Q4_K_S", "Q4_0", "IQ4_NL", "Q3_K_S", "IQ3_XXS", "Q2_K", "IQ2_XS")
+ROUNDED = default_quantization(MIN_BLOCK, 4)  # the model's sizes are multiples of that
 SETTINGS = {
     "W4A8 as in the file": models.Quantization(),
     "W4A16 as in the file": models.Quantization(activations=None),
     # As what is calibrated, and but for the rotation: so these show what rotating costs.
-    **{
-        f"W4A8 rounded, {'' if rotate else 'not '}rotated": models.Quantization(
-            weights=4, group_size=64, act_scales="token", scale_dtype="float16", rotate=rotate
-        )
-        for rotate in (True, False)
-    },
+    "W4A8 rounded, rotated": ROUNDED,
+    "W4A8 rounded, not rotated": dataclasses.replace(ROUNDED, rotate=False),
 }
 TENSORS = {
     r"layers/(\d+)/attention/qkv": ("attn_q", "attn_k", "attn_v"),
