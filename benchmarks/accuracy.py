@@ -38,6 +38,7 @@ from jax_anyprec.models.calibration import (
     default_rules,
     held_out_part,
     hidden,
+    packed_weights,
     smooth_decoder,
     split,
 )
@@ -147,16 +148,18 @@ def pack(model: Any, rules: Any, data: np.ndarray, others: np.ndarray, calibrate
 
 
 def budgets(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
-    """Mixed bits under a budget, calibrated, and then tuned on other windows."""
+    """Mixed bits, or as in the file, under a budget; calibrated, and tuned on other windows."""
 
     @functools.cache
     def costs() -> Any:
         model = load().model
-        return decoder_costs(model, data, default_rules(model, 3, activations=None))
+        packed = packed_weights(load_gguf(fetch.fetch("smollm2")).model, model)
+        rules = default_rules(model, 3, activations=None)
+        return decoder_costs(model, data, rules, packed=packed)
 
     def prepare(model: Any, budget: float) -> None:
-        rules = costs().allocate(budget).rules
-        calibrate_decoder(model, data, rules, tuning=decoder_tuning(others))
+        chosen, tuning = costs().allocate(budget), decoder_tuning(others)
+        calibrate_decoder(model, data, chosen.rules, packed=chosen.packed, tuning=tuning)
 
     for budget in BUDGETS:
         yield f"at most {budget} bits, tuned", functools.partial(prepare, budget=budget)

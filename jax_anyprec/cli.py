@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .models import LoadedModel, Quantization
+    from .tensor import QuantizedTensor
 
 Report = Callable[[int, int], None]
 
@@ -460,7 +461,7 @@ def evaluate(
     "--budget",
     type=click.FloatRange(1, 9),
     help="Bits a weight on average, scales included, in place of --bits: layers get 1 to 8 bits "
-    "by what they are worth.",
+    "by what they are worth, or stay as the file packs them.",
 )
 @activations_option
 @click.option(
@@ -546,6 +547,7 @@ def quantize_command(
 
         loaded = _load(path, None, "Loading the float model")
         windows, others = split(_windows(loaded, tokens, context, calibration_part), tune)
+        packed: Any = {}
         rules: Any = default_rules(
             loaded.model,
             bits or 4,
@@ -554,9 +556,11 @@ def quantize_command(
             offsets=offsets,
         )
         if budget is not None:
+            there = {} if nested else _packed_weights(path, loaded)
             with progress_bar("Choosing bits", MofNCompleteColumn()) as report:
-                costs = decoder_costs(loaded.model, windows, rules, progress=report)
-            rules = costs.allocate(budget).rules
+                costs = decoder_costs(loaded.model, windows, rules, packed=there, progress=report)
+            allocation = costs.allocate(budget)
+            rules, packed = allocation.rules, allocation.packed
         tuning = decoder_tuning(others) if len(others) else None
         with progress_bar("Calibrating", MofNCompleteColumn()) as report:
             done = calibrate_decoder(
@@ -565,6 +569,7 @@ def quantize_command(
                 rules,
                 progress=report,
                 store=output,
+                packed=packed,
                 tuning=tuning,
                 method=Method(nested=nested),
             )
@@ -578,15 +583,18 @@ def quantize_command(
     if as_json:
         print_json(facts)
         return
-    rows = (
-        (r["path"], r["becomes"], r["rows"], r["fallback"] or f"{r['error']:.5f}")
-        for r in done.rows()
-    )
+    rows = ((x["path"], x["becomes"], x["rows"], _error_or_why_none(x)) for x in done.rows())
     _print_table(("layer", "becomes", "inputs", "error"), rows)
     click.echo(
         f"{facts['bits_per_linear_weight']:.2f} bits a linear weight, in {output}, "
         f"after {facts['seconds']:.0f} s"
     )
+
+
+def _error_or_why_none(layer: dict[str, Any]) -> str:
+    if layer["error"] is None:
+        return layer["fallback"] or "as packed"
+    return f"{layer['error']:.5f}"
 
 
 # --- settings ---
@@ -727,6 +735,17 @@ def _load_setting(
     return dataclasses.replace(loaded, model=model)
 
 
+def _packed_weights(path: Path, loaded: LoadedModel) -> dict[str, QuantizedTensor]:
+    """The weights of a float model as its file packs them; none if it doesn't."""
+    from .models import Quantization
+    from .models.calibration import packed_weights
+
+    if not _packs(path):
+        return {}
+    packed = _load(path, Quantization(), "Loading weights as packed")
+    return packed_weights(packed.model, loaded.model)
+
+
 def _windows(
     loaded: LoadedModel, tokens: int, context: int, part: Callable[[Any], Any]
 ) -> np.ndarray:
@@ -741,21 +760,27 @@ def _windows(
 
 def _load(path: Path, setting: Quantization | None, description: str) -> LoadedModel:
     """The model of a GGUF file or of a Hugging Face folder."""
-    from . import gptq
     from .models import load_gguf, load_huggingface, load_packed
-    from .models.huggingface import Folder
 
     load: Callable[..., LoadedModel] = load_gguf
     if path.is_dir():
-        packed = gptq.has_scheme(Folder(path).path)  # `Folder` says what is wrong with a broken one
-        load = load_packed if packed else load_huggingface
-        if not packed and setting is not None and setting.weights is None:
+        load = load_packed if _packs(path) else load_huggingface
+        if not _packs(path) and setting is not None and setting.weights is None:
             raise click.UsageError(
                 f"{path} is a folder of float weights: say how to hold them, with --weights 1..8 "
                 "or --weights float."
             )
     with progress_bar(description, DownloadColumn()) as report:
         return load(path, quantization=setting, progress=report)
+
+
+def _packs(path: Path) -> bool:
+    """Whether a GGUF file or a Hugging Face folder may have packed weights."""
+    from . import gptq
+    from .models.huggingface import Folder
+
+    # `Folder` says what is wrong with a broken one.
+    return not path.is_dir() or gptq.has_scheme(Folder(path).path)
 
 
 # --- input and output ---

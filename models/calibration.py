@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -12,7 +12,9 @@ from flax import nnx
 
 import jax_anyprec as ap
 from jax_anyprec.calibrate.pack import has_coarse_activations
-from jax_anyprec.nnx.convert import Found, quantized_by
+from jax_anyprec.nnx.convert import Found, find, quantized_by
+from jax_anyprec.nnx.packed import Packed
+from jax_anyprec.nnx.references import references
 from jax_anyprec.quantization import Quantization
 from jax_anyprec.rotation import MIN_BLOCK
 
@@ -189,19 +191,44 @@ def decoder_costs(
     windows: np.ndarray,
     rules: Any,
     *,
+    packed: Mapping[str, ap.QuantizedTensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ap.calibrate.Costs:
     """`jax_anyprec.calibrate.measure_costs` of a decoder, by what its predictions lose.
 
     At most FEW of the windows, evenly spaced, are used. A scale for each output channel is
-    among the choices.
+    among the choices, and what is `packed` already, `packed_weights` of a file say.
     """
     return ap.calibrate.measure_costs(
         model,
         rules,
         _few(windows, 1),  # derivatives take much memory
         group_sizes=(None,),
+        packed=packed,
         loss=ap.calibrate.sampled_loss,
         call=lambda decoder, tokens: decoder(tokens),
         progress=progress,
     )
+
+
+def packed_weights(packed: nnx.Module, model: nnx.Module) -> dict[str, ap.QuantizedTensor]:
+    """The weights of a decoder as its file packs them, by the layers of the float model.
+
+    Args:
+      packed: loaded from the file with weights as it has them.
+      model: loaded from it in float.
+
+    Returns:
+      Those of layers that both have: one may have joined projections that the other has not.
+    """
+    matrices = {found.layer.path: found.layer.matrix for found in find(model)}
+    tensors: dict[str, ap.QuantizedTensor] = {
+        reference.path.removesuffix("/kernel"): reference.node.get_value()
+        for reference in references(packed)
+        if isinstance(reference.node, Packed)
+    }
+    return {
+        path: tensor.restore()
+        for path, tensor in tensors.items()
+        if matrices.get(path) == tensor.shape
+    }

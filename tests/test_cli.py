@@ -293,6 +293,12 @@ def test_quantize_by_a_budget(tmp_path):
     assert "layers/0/attention/qkv" in table
     assert float(re.search(r"(\S+) bits a linear weight", table)[1]) <= 3.7
     assert not (tmp_path / "packed" / "tuned.safetensors").exists()
+    exact = run_json(
+        "quantize", tmp_path / "exact", "--budget", 8, "--activations", "float", *options
+    )
+    assert {layer["error"] for layer in exact["layers"]} == {None}  # all as the file packs them
+    eval_options = ("--tokens", 64, "--context", 64, "--calibrated", tmp_path / "exact")
+    assert run_json("eval", *eval_options)["results"][0]["kl"] == pytest.approx(0, abs=1e-5)
     few = run("quantize", tmp_path / "few", "--budget", 1, *options, code=1)
     assert "budget must be at least" in few.stderr
     both = run("quantize", tmp_path / "both", "--budget", 3, "--bits", 2, code=2)

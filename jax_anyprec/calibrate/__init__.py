@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..rules import Rules
+from ..tensor import QuantizedTensor
 from .allocate import Allocation, Costs, allocate_bits, measure_costs
 from .blocks import call_plainly
 from .compensate import compensate, put_factors
@@ -50,6 +51,7 @@ def calibrate_model(
     progress: Callable[[int, int], None] | None = None,
     store: str | os.PathLike[str] | None = None,
     links: Iterable[Link] = (),
+    packed: Mapping[str, QuantizedTensor] | None = None,
     tuning: Tuning | None = None,
 ) -> CalibrationReport:
     """Quantize a model so that its outputs change least on `batches`.
@@ -71,6 +73,8 @@ def calibrate_model(
         nothing, and can't be where `method` has nested precisions: their scales are there only.
       links: channels that are made alike in size first, see `calibrate.smooth`: worth it where
         activations have fewer than 8 bits.
+      packed: by layer, a weight that is packed already and is taken as it is (`Allocation.packed`,
+        say); of the layer's rule only what it says of activations counts then.
       tuning: how scales, norms and biases of the whole model are tuned together at the end, see
         `calibrate.tune`; None leaves that out.
 
@@ -80,9 +84,10 @@ def calibrate_model(
 
     Raises:
       TypeError: the model is no `flax.nnx.Module`; for Linen see `jax_anyprec.linen.calibrate`.
-      ValueError: there are no batches, `store` is of another calibration or missing, a rule does
-        not fit, or inputs of a layer are not finite: layers before that one have been quantized.
-        Or the loss of tuning is not finite, when all have been.
+      ValueError: there are no batches, `store` is of another calibration or missing, a rule or a
+        packed weight does not fit, packed weights come with links or nested precisions, or inputs
+        of a layer are not finite: layers before that one have been quantized. Or the loss of tuning
+        is not finite, when all have been.
     """
     from flax import nnx
 
@@ -93,10 +98,15 @@ def calibrate_model(
             f"model must be a flax.nnx.Module, got {type(model).__name__}; "
             "jax_anyprec.linen.calibrate is for Linen modules"
         )
-    kept = list(batches)
+    kept, links = list(batches), tuple(links)
     if not kept:
         raise ValueError("batches must hold at least one batch, got none")
     method = Method() if method is None else method
+    if packed and (links or method.nested):
+        raise ValueError(
+            "packed weights can't be given with links, which change weights, or Method.nested, "
+            "which needs codes that are chosen for it"
+        )
     if method.nested and store is None:
         raise ValueError("store must be given where Method.nested is: it keeps the scales for that")
     calibration = Calibration(
@@ -107,7 +117,8 @@ def calibrate_model(
         call=call or call_plainly,
         progress=(lambda done, total: None) if progress is None else progress,
         store=store,
-        links=tuple(links),
+        links=links,
+        packed=packed or {},
         tuning=tuning,
     )
     calibration.run()

@@ -18,8 +18,11 @@ from ..plan import describe
 from ..quantization import Quantization
 from ..quantize import DISTORTION
 from ..rules import Rules
+from ..tensor import QuantizedTensor
 from .blocks import call_plainly
 from .moments import Moments
+from .pack import has_coarse_activations
+from .packed import PackedWeights, check_packed, held_as
 from .sensitivity import Loss, Sensitivity, projected_loss, sensitivities
 from .solve import Method, solve
 
@@ -34,11 +37,13 @@ class Choice:
       quantization: how the layer would be held.
       nbytes: of its packed weight.
       loss: expected change of the model's loss, in nats a prediction for logits.
+      packed: the weight, if it is packed already.
     """
 
     quantization: Quantization
     nbytes: int
     loss: float
+    packed: QuantizedTensor | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +55,21 @@ class Allocation:
       bits: a weight, with scales and offsets, over the layers that are quantized.
       loss: what all choices together are expected to add to the model's loss.
       frontier: (bits, loss) of the best allocations for all budgets.
+      packed: weights that are taken as they are, for `calibrate_model`, by path.
     """
 
     rules: tuple[tuple[str, Quantization], ...]
     bits: float
     loss: float
     frontier: tuple[tuple[float, float], ...]
+    packed: PackedWeights = dataclasses.field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         width = max(len(path) for path, _ in self.rules)
-        lines = [f"{path:{width}}  {describe(quantization)}" for path, quantization in self.rules]
+        lines = [
+            f"{path:{width}}  {describe(quantization)}{', as packed' * (path in self.packed)}"
+            for path, quantization in self.rules
+        ]
         total = f"{self.bits:.3f} bits a weight, expected loss {self.loss:.4f}"
         return "\n".join([*lines, total])
 
@@ -142,8 +152,10 @@ class Costs:
           ValueError: the budget is less than the fewest bits need.
         """
         chosen = choose(self.choices, budget * self.weights / 8)
-        rules = zip(self.paths, (c.quantization for c in chosen), strict=True)
-        return Allocation(tuple(rules), *self._totals(chosen), self.frontier)
+        by_path = dict(zip(self.paths, chosen, strict=True))
+        rules = tuple((path, choice.quantization) for path, choice in by_path.items())
+        packed = {path: c.packed for path, c in by_path.items() if c.packed is not None}
+        return Allocation(rules, *self._totals(chosen), self.frontier, packed)
 
     @property
     def frontier(self) -> tuple[tuple[float, float], ...]:
@@ -175,6 +187,7 @@ def measure_costs(
     *,
     bits: Iterable[int] = range(1, 9),
     group_sizes: Iterable[int | None] = (),
+    packed: PackedWeights | None = None,
     loss: Loss = projected_loss,
     call: Callable[[Any, Any], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -191,28 +204,36 @@ def measure_costs(
       batches: a few are enough.
       bits: to choose from.
       group_sizes: to choose from, besides the rule's; None is a scale for each output channel.
+      packed: by layer, a weight that is packed already, as a file has it say, and may be taken as
+        it is, with activation scales a group if it is not rotated. It is no choice for a layer
+        whose activations have fewer than 8 bits: they need rotated weights.
       loss: from the model's output and a key to a scalar: `sampled_loss` for logits, by default
         `projected_loss`, which measures the squared change of any output.
       call: ``call(model, batch)`` runs the model; None for ``model(batch)``.
       progress: called with the layers done so far and their number.
 
     Raises:
-      ValueError: a rule or a group size does not fit, or a layer is not called with these batches
-        or has no inputs that are rows of one matrix.
+      ValueError: a rule, a group size or a packed weight does not fit, or a layer is not called
+        with these batches or has no inputs that are rows of one matrix.
     """
     widths = [check_bits(each, "bits") for each in bits]
     layers = quantized_by(model, rules)
     sizes = list(group_sizes)
     held = [_held(each, quantization, sizes) for each, quantization in layers]
+    there = packed or {}
+    check_packed(there, [f for f, _ in layers])
     rows = [f for f, _ in layers if f.has_rows]
     run = call or call_plainly
     seen = sensitivities(model, rows, list(batches), loss=loss, call=run)
     table = []
-    for i, ((each, _), quantizations) in enumerate(zip(layers, held, strict=True), 1):
+    for i, ((each, quantization), ways) in enumerate(zip(layers, held, strict=True), 1):
         path = each.layer.path
         if path not in seen:
             raise ValueError(f"layer {path!r} shows no inputs in these batches: leave it out")
-        table.append(tuple(c for q in quantizations for c in _choices(each, seen[path], q, widths)))
+        choices = [c for q in ways for c in _choices(each, seen[path], q, widths)]
+        if path in there and not has_coarse_activations(quantization):
+            choices.append(_as_packed(each, seen[path], quantization, there[path]))
+        table.append(tuple(choices))
         if progress is not None:
             progress(i, len(layers))
     found = [each for each, _ in layers]
@@ -245,6 +266,17 @@ def _choices(
         for width in bits
         for each in [dataclasses.replace(quantization, weights=width)]
     ]
+
+
+def _as_packed(
+    found: Found, sensitivity: Sensitivity, quantization: Quantization, tensor: QuantizedTensor
+) -> Choice:
+    held = held_as(tensor, quantization)
+    if not held.rotate:
+        held = dataclasses.replace(held, act_scales="group")
+    difference = tensor.dequantize() - found.layer.matrices(found.layer.weight)
+    loss = _weighted(difference, sensitivity.inputs, sensitivity.outputs)
+    return Choice(held, tensor.restore().nbytes, float(loss), tensor)
 
 
 def _loss(found: Found, sensitivity: Sensitivity, quantization: Quantization) -> float:

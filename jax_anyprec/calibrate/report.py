@@ -20,7 +20,8 @@ class CalibratedLayer:
       rows: inputs that were seen.
       error: what rounding its weights does to its outputs, squared, as a part of their squares;
         None if it was not calibrated.
-      fallback: why its weight was rounded to nearest instead; None if it was calibrated.
+      fallback: why its weight was rounded to nearest instead; None if it was calibrated, or taken
+        as it was packed before.
     """
 
     path: str
@@ -70,6 +71,8 @@ class CalibrationReport:
 
 
 def _outcome(layer: CalibratedLayer) -> str:
-    if layer.error is None:
+    if layer.fallback is not None:
         return f"rounded to nearest: {layer.fallback}"
+    if layer.error is None:
+        return "as it was packed"
     return f"error {layer.error:.5f} on {layer.rows:,} inputs"

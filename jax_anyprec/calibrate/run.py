@@ -23,6 +23,7 @@ from .blocks import Blocks, Call, find_blocks
 from .moments import Moments, moments_of
 from .observe import Run, input_of, inputs_of, order
 from .pack import check_inputs, pack
+from .packed import PackedWeights, check_packed, held_as
 from .report import CalibratedLayer
 from .smooth import Link, smooth
 from .solve import Method
@@ -30,6 +31,9 @@ from .store import Part, Store, put, put_tuned
 from .tune import Tuning, numbers, tune
 
 Progress = Callable[[int, int], None]
+
+AS_PACKED = "as packed"
+"""The part of layers whose weights are taken as they are; the others are named by their blocks."""
 
 
 class Runs(NamedTuple):
@@ -50,6 +54,7 @@ class Calibration:
       progress: called with the layers and steps of tuning done so far and their number.
       store: where parts that are done are kept and found, or None.
       links: channels that are made alike in size before anything else.
+      packed: weights that are taken as they are, by path.
       tuning: how all layers are tuned together at the end, or None.
     """
 
@@ -64,9 +69,15 @@ class Calibration:
         progress: Progress,
         store: str | os.PathLike[str] | None,
         links: tuple[Link, ...] = (),
+        packed: PackedWeights,
         tuning: Tuning | None = None,
     ):
-        self.todo = {f.layer.path: each for f, each in quantized_by(model, rules)}
+        layers = quantized_by(model, rules)
+        check_packed(packed, [f for f, _ in layers])
+        self.todo = {f.layer.path: each for f, each in layers}
+        self.todo |= {path: held_as(t, self.todo[path]) for path, t in packed.items()}
+        if set(packed) == set(self.todo):
+            tuning = None  # nothing is lost that could be made up for
         self.done: list[CalibratedLayer] = []
         self.model, self.batches, self.method = model, batches, method
         self.call, self.progress, self.total = call, progress, len(self.todo)
@@ -78,6 +89,7 @@ class Calibration:
             tuning = dataclasses.replace(tuning, batches=steps)
             self.total += len(steps) * len(self._precisions)
         self.tuning = tuning
+        self._packed = packed
         self._nested: dict[str, dict[str, jax.Array]] = {}  # what fewer bits need, by layer
         self._store = None if store is None else Store(store, self._key(links), nested)
         if links:
@@ -86,12 +98,20 @@ class Calibration:
 
     def run(self) -> None:
         """Calibrate all layers: blocks in their order, then what lies outside of them."""
+        self._part(AS_PACKED, self._take_packed)
         self._run_blocks()
         self._part("", self._run_rest)
         done = len(self.done)
         if self.tuning:
             for i, bits in enumerate(self._precisions):
                 self._tune(self.tuning, bits, done + i * len(self.tuning.batches or ()))
+
+    def _take_packed(self) -> None:
+        for found in find(self.model):
+            path = found.layer.path
+            if path in self._packed:
+                self._replace(found, path, self._packed[path].prepare())
+                self._finish(CalibratedLayer(path, self.todo[path], 0, None, None))
 
     def _run_rest(self) -> None:
         runs = [
@@ -156,8 +176,9 @@ class Calibration:
         """What the result depends on, in short."""
         tuning = self.tuning
         steps = tuning and (tuning.loss.__qualname__, tuning.rate)
-        digest = hashlib.sha256(repr((self.todo, self.method, steps, *links)).encode())
-        data = (self.batches, tuning and tuning.batches)
+        about = (self.todo, self.method, steps, *links, *sorted(self._packed))
+        digest = hashlib.sha256(repr(about).encode())
+        data = (self.batches, tuning and tuning.batches, dict(self._packed))
         for leaf in jax.tree.leaves((nnx.state(self.model), data)):
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()
