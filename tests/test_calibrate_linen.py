@@ -1,5 +1,7 @@
 """Calibration of Linen models: against rounding and the same model in NNX, and what is left."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from flax import nnx
 from flax.core import FrozenDict, freeze
 
 import jax_anyprec as ap
-from jax_anyprec.calibrate import Method
+from jax_anyprec.calibrate import Method, Tuning
 
 LOW = ap.Quantization(weights=3, activations=None, group_size=32, scale_dtype="float16")
 WIDTH = 64
@@ -94,7 +96,8 @@ def test_errors_of_layers_are_those_that_the_report_has(model):
     assert layer.error == pytest.approx(expected, rel=0.01)
 
 
-def test_the_same_as_in_nnx():
+@pytest.mark.parametrize("tuned", [False, True])
+def test_the_same_as_in_nnx(tuned):
     """Dense layers one after another: packed weights and biases are those of an NNX model."""
 
     class Chain(nn.Module):
@@ -119,16 +122,39 @@ def test_the_same_as_in_nnx():
 
     data = batches()
     variables = Chain().init(jax.random.key(1), data[0])
-    _, packed, report = ap.linen.calibrate(Chain(), LOW, variables, data)
+    tuning = Tuning(batches(6, seed=1)) if tuned else None
+    _, packed, report = ap.linen.calibrate(Chain(), LOW, variables, data, tuning=tuning)
     same = Same(variables["params"])
-    expected = ap.calibrate_model(same, LOW, data)
+    expected = ap.calibrate_model(same, LOW, data, tuning=tuning)
     for ours, theirs in zip(report.layers, expected.layers, strict=True):
         assert ours.error == pytest.approx(theirs.error, rel=1e-3)
         layer = getattr(same, ours.path)
         ours_packed = packed["packed"][ours.path]["kernel"]
         kernel = layer.kernel.get_value().restore()
         np.testing.assert_array_equal(ours_packed.planes, kernel.planes)
+        np.testing.assert_allclose(ours_packed.scales, kernel.scales, rtol=2e-3)
         np.testing.assert_allclose(packed["params"][ours.path]["bias"], layer.bias[...], atol=1e-5)
+
+
+def test_other_inputs_gain_by_tuning(model):
+    module, variables, data, other = model
+    coarse = dataclasses.replace(LOW, weights=2, offsets=True)
+    steps = []
+    tuning = Tuning(batches(24, seed=0), rate=0.03)
+    quantized, tuned, _ = ap.linen.calibrate(
+        module, coarse, variables, data, tuning=tuning, progress=lambda *step: steps.append(step)
+    )
+    assert steps == [(i, 38) for i in range(1, 39)]
+    _, packed, _ = ap.linen.calibrate(module, coarse, variables, data)
+    before, after = jax.tree.leaves_with_path(packed), jax.tree.leaves(tuned)
+    for (path, a), b in zip(before, after, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        if "planes" in jax.tree_util.keystr(path):
+            np.testing.assert_array_equal(a, b)
+    assert (tuned["params"]["block0"]["norm"]["scale"] != 1).any()
+    exact = module.apply(variables, other)
+    lost, less = (relative(quantized.apply(each, other), exact) for each in (packed, tuned))
+    assert less < 0.95 * lost
 
 
 def test_biases_make_up_for_mean_errors(model):
@@ -189,6 +215,11 @@ def test_containers_boxes_and_arguments_stay(model):
     assert packed["packed"]["Dense_0"]["kernel"].planes.names == (None, "out", "in")
     exact = Boxed().apply(variables, other, 0.5)
     assert relative(quantized.apply(packed, other, 0.5), exact) < 0.02
+    tuning = Tuning([(x, 0.5) for x in data])
+    _, tuned, _ = ap.linen.calibrate(Boxed(), LOW, variables, tuning.batches, tuning=tuning)
+    assert jax.tree.structure(tuned) == jax.tree.structure(packed)
+    scales = [each["packed"]["Dense_0"]["kernel"].scales.value for each in (tuned, packed)]
+    assert (scales[0] != scales[1]).any()
     _, doubled, report = ap.linen.calibrate(Boxed(), LOW, variables, data, method="double")
     assert report.layers[0].fallback is None
     assert isinstance(doubled, FrozenDict)
@@ -233,5 +264,10 @@ def test_bad_input(model):
         ValueError, match=r"inputs of layer 'block0/attention/query' are not finite"
     ):
         ap.linen.calibrate(module, LOW, variables, [data[0].at[0, 0, 0].set(jnp.nan)])
+    with pytest.raises(ValueError, match="Tuning.call must be None for Linen models"):
+        ap.linen.calibrate(module, LOW, variables, data, tuning=Tuning(call=lambda m, x: m(x)))
+    with pytest.raises(ValueError, match="Tuning.loss must be finite, got nan for batch 0"):
+        tuning = Tuning(data, loss=lambda found, wanted: jnp.nan * found.sum())
+        ap.linen.calibrate(module, {"block0/up": LOW, "**": None}, variables, data, tuning=tuning)
     with pytest.raises(TypeError, match=r"jax_anyprec\.linen\.calibrate is for Linen"):
         ap.calibrate_model(module, LOW, data)

@@ -11,12 +11,13 @@ from ..tensor import QuantizedTensor
 from .allocate import Allocation, Costs, allocate_bits, measure_costs
 from .blocks import call_plainly
 from .compensate import compensate, put_factors
+from .descend import Tuning, kl_divergence, relative_error
 from .report import CalibratedLayer, CalibrationReport
 from .sensitivity import projected_loss, sampled_loss
 from .smooth import Link, smooth
 from .solve import Method
 from .store import load_calibrated
-from .tune import Tuning, kl_divergence, relative_error, tune
+from .tune import tune
 
 __all__ = [
     "Allocation",

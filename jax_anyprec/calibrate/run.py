@@ -20,6 +20,7 @@ from ..quantization import Quantization
 from ..rules import Rules
 from ..tensor import QuantizedTensor
 from .blocks import Blocks, Call, find_blocks
+from .descend import Tuning
 from .moments import Moments, moments_of
 from .observe import Run, input_of, inputs_of, order
 from .pack import check_inputs, pack
@@ -28,7 +29,7 @@ from .report import CalibratedLayer
 from .smooth import Link, smooth
 from .solve import Method
 from .store import Part, Store, put, put_tuned
-from .tune import Tuning, numbers, tune
+from .tune import numbers, tune
 
 Progress = Callable[[int, int], None]
 

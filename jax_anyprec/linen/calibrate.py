@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from flax import linen as nn
 from flax.core import meta
 
 from .._compat import Tracer
+from ..calibrate.descend import Tuning
 from ..calibrate.moments import Moments, moments_of
 from ..calibrate.pack import Packing, check_inputs, pack
 from ..calibrate.report import CalibratedLayer, CalibrationReport
@@ -22,6 +24,7 @@ from .calls import Calls, EinsumCall, by_function, described_call, plain
 from .convert import Chosen, choose, converted, quantized_module, with_collections
 from .find import LinenLayer, flatten
 from .quantized import Quantized
+from .tune import tune
 from .weights import PARAMS
 
 Path = tuple[str, ...]
@@ -35,6 +38,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     calibration: Method | None = None,
+    tuning: Tuning | None = None,
     progress: Callable[[int, int], None] | None = None,
     calls: Calls | None = None,
     method: Callable[..., Any] | str | None = None,
@@ -53,7 +57,10 @@ def calibrate(
         a tuple of its arguments.
       calibration: how codes and scales are found, without nested precisions; None for what measured
         best.
-      progress: called with the layers done so far and their number.
+      tuning: how scales, norms and biases of the whole model are tuned together at the end, see
+        `jax_anyprec.calibrate.tune`; None leaves that out. Its batches are as `batches`; `call` has
+        no meaning for Linen models.
+      progress: called with the layers done so far and their number; steps of tuning count too.
       calls, method, kwargs: as for `jax_anyprec.linen.convert.quantize_linen`, in each call.
 
     Returns:
@@ -63,19 +70,32 @@ def calibrate(
       nearest; it says so.
 
     Raises:
-      ValueError: there are no batches, inputs of a layer are not finite, or as for
-        `quantize_model`.
+      ValueError: there are no batches, inputs of a layer or a loss of tuning are not finite, or as
+        for `quantize_model`.
     """
-    given = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    given = _as_arguments(batches)
     if not given:
         raise ValueError("batches must hold at least one batch, got none")
+    if tuning is not None:
+        tuning = _suited(tuning, given)
     calibration = Method() if calibration is None else calibration
     if calibration.nested:
         raise ValueError("calibration has nested precisions, which only NNX models are packed for")
     call = {**kwargs, "method": method}
     chosen = choose(module, rules, variables, given[0], call, calls)
     state = _Calibration(module, variables, chosen, given, call, calls or {}, calibration)
-    return state.run((lambda done, total: None) if progress is None else progress)
+    return state.run((lambda done, total: None) if progress is None else progress, tuning)
+
+
+def _as_arguments(batches: Iterable[Any]) -> list[tuple[Any, ...]]:
+    return [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+
+
+def _suited(tuning: Tuning, batches: list[tuple[Any, ...]]) -> Tuning:
+    if tuning.call is not None:
+        raise ValueError("Tuning.call must be None for Linen models: `method` says what is called")
+    own = batches if tuning.batches is None else _as_arguments(tuning.batches)
+    return dataclasses.replace(tuning, batches=own)
 
 
 class _Reached(Exception):
@@ -101,8 +121,11 @@ class _Calibration:
         self.packed: list[Chosen] = []
         self.done: list[CalibratedLayer] = []
 
-    def run(self, progress: Callable[[int, int], None]) -> tuple[Quantized, Any, CalibrationReport]:
-        left = dict.fromkeys(self.chosen)
+    def run(
+        self, progress: Callable[[int, int], None], tuning: Tuning | None
+    ) -> tuple[Quantized, Any, CalibrationReport]:
+        left, count = dict.fromkeys(self.chosen), len(self.chosen)
+        total = count + (len(tuning.batches or ()) if tuning else 0)
         for stage in self._stages():
             seen: dict[bool, Moments] = {}  # of all its layers, by whether inputs are rotated
             for path, call in stage.items():
@@ -111,12 +134,17 @@ class _Calibration:
                     seen[rotate] = moments_of(self._inputs(path), rotate)
                 self._pack(path, call, seen[rotate])
                 del left[path]
-                progress(len(self.done), len(self.chosen))
+                progress(len(self.done), total)
         for path in left:
             self._round(path, "its inputs are no rows of one matrix, or it is not called eagerly")
-            progress(len(self.done), len(self.chosen))
+            progress(len(self.done), total)
         # As `quantize_model` gives it: with settings in the order of the variables.
         module = quantized_module(self.module, list(self.chosen.values()), self.calls)
+        if tuning:
+            self.variables = tune(
+                module, self.variables, self.exact, tuning, self.call,
+                lambda done, _: progress(count + done, total),
+            )  # fmt: skip
         return module, self.variables, CalibrationReport(module, tuple(self.done))
 
     def _stages(self) -> list[dict[Path, EinsumCall]]:
