@@ -264,10 +264,10 @@ def test_bad_input(model):
         ValueError, match=r"inputs of layer 'block0/attention/query' are not finite"
     ):
         ap.linen.calibrate(module, LOW, variables, [data[0].at[0, 0, 0].set(jnp.nan)])
-    with pytest.raises(ValueError, match="Tuning.call must be None for Linen models"):
+    with pytest.raises(ValueError, match=r"Tuning\.call must be None for Linen models"):
         ap.linen.calibrate(module, LOW, variables, data, tuning=Tuning(call=lambda m, x: m(x)))
-    with pytest.raises(ValueError, match="Tuning.loss must be finite, got nan for batch 0"):
-        tuning = Tuning(data, loss=lambda found, wanted: jnp.nan * found.sum())
+    tuning = Tuning(data, loss=lambda found, wanted: jnp.nan * found.sum())
+    with pytest.raises(ValueError, match=r"Tuning\.loss must be finite, got nan for batch 0"):
         ap.linen.calibrate(module, {"block0/up": LOW, "**": None}, variables, data, tuning=tuning)
     with pytest.raises(TypeError, match=r"jax_anyprec\.linen\.calibrate is for Linen"):
         ap.calibrate_model(module, LOW, data)
