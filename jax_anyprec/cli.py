@@ -558,7 +558,9 @@ def quantize_command(
         if budget is not None:
             there = {} if nested else _packed_weights(path, loaded)
             with progress_bar("Choosing bits", MofNCompleteColumn()) as report:
-                costs = decoder_costs(loaded.model, windows, rules, packed=there, progress=report)
+                costs = decoder_costs(
+                    loaded.model, windows, rules, packed=there, budget=budget, progress=report
+                )
             allocation = costs.allocate(budget)
             rules, packed = allocation.rules, allocation.packed
         tuning = decoder_tuning(others) if len(others) else None

@@ -192,12 +192,14 @@ def decoder_costs(
     rules: Any,
     *,
     packed: Mapping[str, ap.QuantizedTensor] | None = None,
+    budget: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ap.calibrate.Costs:
     """`jax_anyprec.calibrate.measure_costs` of a decoder, by what its predictions lose.
 
     At most FEW of the windows, evenly spaced, are used. A scale for each output channel is
-    among the choices, and what is `packed` already, `packed_weights` of a file say.
+    among the choices, and what is `packed` already, `packed_weights` of a file say. A `budget` that
+    is too small is refused at once.
     """
     return ap.calibrate.measure_costs(
         model,
@@ -205,6 +207,7 @@ def decoder_costs(
         _few(windows, 1),  # derivatives take much memory
         group_sizes=(None,),
         packed=packed,
+        budget=budget,
         loss=ap.calibrate.sampled_loss,
         call=lambda decoder, tokens: decoder(tokens),
         progress=progress,

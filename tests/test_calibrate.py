@@ -354,6 +354,25 @@ def test_bits_go_where_they_matter():
     assert "bits a weight" in str(found)
 
 
+def test_budgets_that_are_too_small_are_refused_at_once():
+    model = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
+
+    def call(model, batch):
+        raise AssertionError("nothing is to be run")
+
+    def fails(budget, bits, match):
+        with pytest.raises(ValueError, match=match):
+            ap.calibrate.allocate_bits(model, FLOAT, [0], budget=budget, bits=bits, call=call)
+
+    # A scale in float16 for each of 64 weights.
+    fails(1.2, range(1, 9), r"budget must be at least 1\.25 bits a weight .*, got 1\.2")
+    fails(3.0, (3, 4), r"budget must be at least 3\.25 bits a weight .*, got 3\.0")
+    data = [jnp.asarray(inputs(np.random.default_rng(0), 256, 64))]
+    costs = ap.calibrate.measure_costs(model, FLOAT, data, bits=(2,))
+    with pytest.raises(ValueError, match=r"at least 2\.25 bits"):
+        costs.allocate(2.0)
+
+
 def test_groups_are_chosen_too():
     """Each size is offered once with each number of bits; larger groups take less and lose more."""
     model = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))

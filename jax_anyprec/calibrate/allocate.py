@@ -151,6 +151,8 @@ class Costs:
         Raises:
           ValueError: the budget is less than the fewest bits need.
         """
+        least = sum(min(c.nbytes for c in choices) for choices in self.choices)
+        _check_budget(budget, least, self.weights)
         chosen = choose(self.choices, budget * self.weights / 8)
         by_path = dict(zip(self.paths, chosen, strict=True))
         rules = tuple((path, choice.quantization) for path, choice in by_path.items())
@@ -177,7 +179,7 @@ def allocate_bits(
         several budgets.
       budget: bits a weight, scales included, on average over the layers.
     """
-    return measure_costs(model, rules, batches, **options).allocate(budget)
+    return measure_costs(model, rules, batches, budget=budget, **options).allocate(budget)
 
 
 def measure_costs(
@@ -188,6 +190,7 @@ def measure_costs(
     bits: Iterable[int] = range(1, 9),
     group_sizes: Iterable[int | None] = (),
     packed: PackedWeights | None = None,
+    budget: float | None = None,
     loss: Loss = projected_loss,
     call: Callable[[Any, Any], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -207,14 +210,15 @@ def measure_costs(
       packed: by layer, a weight that is packed already, as a file has it say, and may be taken as
         it is, with activation scales a group if it is not rotated. It is no choice for a layer
         whose activations have fewer than 8 bits: they need rotated weights.
+      budget: bits a weight; refused before anything is measured if no choices are so small.
       loss: from the model's output and a key to a scalar: `sampled_loss` for logits, by default
         `projected_loss`, which measures the squared change of any output.
       call: ``call(model, batch)`` runs the model; None for ``model(batch)``.
       progress: called with the layers done so far and their number.
 
     Raises:
-      ValueError: a rule, a group size or a packed weight does not fit, or a layer is not called
-        with these batches or has no inputs that are rows of one matrix.
+      ValueError: a rule, a group size or a packed weight does not fit, the budget is too small, or
+        a layer is not called with these batches or has no inputs that are rows of one matrix.
     """
     widths = [check_bits(each, "bits") for each in bits]
     layers = quantized_by(model, rules)
@@ -222,6 +226,10 @@ def measure_costs(
     held = [_held(each, quantization, sizes) for each, quantization in layers]
     there = packed or {}
     check_packed(there, [f for f, _ in layers])
+    found = [each for each, _ in layers]
+    weights = sum(map(_count, found))
+    if budget is not None:
+        _check_budget(budget, _least(found, held, min(widths), there), weights)
     rows = [f for f, _ in layers if f.has_rows]
     run = call or call_plainly
     seen = sensitivities(model, rows, list(batches), loss=loss, call=run)
@@ -236,8 +244,33 @@ def measure_costs(
         table.append(tuple(choices))
         if progress is not None:
             progress(i, len(layers))
-    found = [each for each, _ in layers]
-    return Costs(tuple(f.layer.path for f in found), tuple(table), sum(map(_count, found)))
+    return Costs(tuple(f.layer.path for f in found), tuple(table), weights)
+
+
+def _check_budget(budget: float, nbytes: int, weights: int) -> None:
+    """Raise ValueError if so many bits a weight are less than so many bytes."""
+    least = 8 * nbytes / weights
+    if budget < least:
+        raise ValueError(
+            f"budget must be at least {least:.4g} bits a weight for these choices, got {budget}"
+        )
+
+
+def _least(
+    layers: Sequence[Found],
+    held: Sequence[Sequence[Quantization]],
+    bits: int,
+    packed: PackedWeights,
+) -> int:
+    """The bytes of the smallest choices."""
+    least = 0
+    for found, ways in zip(layers, held, strict=True):
+        fewest = [dataclasses.replace(each, weights=bits) for each in ways]
+        sizes = [found.layer.packed_nbytes(each) for each in fewest]
+        if found.layer.path in packed:
+            sizes.append(packed[found.layer.path].restore().nbytes)
+        least += min(sizes)
+    return least
 
 
 def _count(found: Found) -> int:
