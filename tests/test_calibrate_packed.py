@@ -116,6 +116,16 @@ def test_they_are_taken_bit_for_bit(tmp_path):
         ap.calibrate_model(from_file()[0], RULE, data, store=tmp_path)
 
 
+def test_tuning_leaves_them_as_they_are():
+    model, packed = from_file()
+    untuned = ap.calibrate_model(from_file()[0], RULE, batches(), packed=packed).model
+    tuning = ap.calibrate.Tuning(batches(), rate=0.1)
+    ap.calibrate_model(model, RULE, batches(), packed=packed, tuning=tuning)
+    assert_same(planes(model.blocks[1]), packed["blocks/1"])
+    assert_same(planes(model.out), packed["out"])
+    assert (planes(model.blocks[0]).scales != planes(untuned.blocks[0]).scales).any()
+
+
 def test_a_model_that_loses_nothing_is_not_tuned():
     model, packed = from_file()
     rules = dict.fromkeys(packed, RULE) | {"**": None}

@@ -169,7 +169,7 @@ class Calibration:
         if bits is not None and self._store is not None:
             model = self._store.put(nnx.clone(self._reference), bits)
         unfinished = None if self._store is None else self._store.unfinished(bits)
-        tune(model, self._reference, tuning, report, unfinished)
+        tune(model, self._reference, tuning, report, unfinished, fixed=self._packed)
         if self._store is not None:
             self._store.keep_tuned(numbers(model), bits)
 

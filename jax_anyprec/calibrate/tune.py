@@ -9,7 +9,7 @@ float model's (the second phase of EfficientQAT, arXiv 2407.11062, with the floa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def tune(
     tuning: Tuning,
     progress: Callable[[int, int], None] | None = None,
     unfinished: Path | None = None,
+    fixed: Collection[str] = (),
 ) -> list[float]:
     """Change scales, offsets and vectors of `model`, so that it gives what `reference` does.
 
@@ -44,6 +45,8 @@ def tune(
       progress: called with the steps done so far and their number.
       unfinished: a file to keep what has been done in, every `KEEP` steps, and to go on from if it
         is there; whoever has kept the result removes it. None to keep nothing.
+      fixed: paths of layers whose scales and offsets stay: steps are as long as packed weights are
+        wrong, and those of exact ones would only get worse.
 
     Returns:
       The loss of each batch before its step.
@@ -65,12 +68,15 @@ def tune(
     def wanted(state: Any, batch: Any) -> Any:
         return run(nnx.merge(exact_graph, state), batch)
 
-    weights = {
-        path: Weight(_tensor(each), getattr(each.parent, "activations", None))
-        for path, each in _packed(model).items()
-    }
+    values = numbers(model)
+    weights: dict[str, Weight] = {}
+    for path, each in _packed(model).items():
+        if path.rpartition("/")[0] in fixed:
+            values = {name: v for name, v in values.items() if not name.startswith(f"{path}/")}
+        else:
+            weights[path] = Weight(_tensor(each), getattr(each.parent, "activations", None))
     pair = Pair(output, wanted, state, exact_state)
-    values, losses = descend(pair, numbers(model), weights, tuning, progress, unfinished)
+    values, losses = descend(pair, values, weights, tuning, progress, unfinished)
     set_numbers(model, values)
     return losses
 
@@ -97,9 +103,9 @@ def numbers(model: nnx.Module) -> dict[str, jax.Array]:
 
 
 def set_numbers(model: nnx.Module, values: Numbers) -> None:
-    """Put all numbers in their places, as `numbers` names them."""
+    """Put numbers in their places, as `numbers` names them: all of a packed weight, or none."""
     for path, node in _nodes(model):
-        if isinstance(node, Packed):
+        if isinstance(node, Packed) and f"{path}/scales" in values:
             tensor: QuantizedTensor = node.get_value()
             new: dict[str, Any] = {
                 f: values[f"{path}/{f}"] for f in Grid._fields if getattr(tensor, f) is not None
