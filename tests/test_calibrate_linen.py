@@ -12,6 +12,7 @@ from flax.core import FrozenDict, freeze
 
 import jax_anyprec as ap
 from jax_anyprec.calibrate import Method, Tuning
+from jax_anyprec.linen.tune import tune
 
 LOW = ap.Quantization(weights=3, activations=None, group_size=32, scale_dtype="float16")
 WIDTH = 64
@@ -123,7 +124,11 @@ def test_the_same_as_in_nnx(tuned):
     data = batches()
     variables = Chain().init(jax.random.key(1), data[0])
     tuning = Tuning(batches(6, seed=1)) if tuned else None
-    _, packed, report = ap.linen.calibrate(Chain(), LOW, variables, data, tuning=tuning)
+    steps = []
+    _, packed, report = ap.linen.calibrate(
+        Chain(), LOW, variables, data, tuning=tuning, progress=lambda *step: steps.append(step)
+    )
+    assert steps == [(i, 3 + 6 * tuned) for i in range(1, 4 + 6 * tuned)]
     same = Same(variables["params"])
     expected = ap.calibrate_model(same, LOW, data, tuning=tuning)
     for ours, theirs in zip(report.layers, expected.layers, strict=True):
@@ -139,13 +144,13 @@ def test_the_same_as_in_nnx(tuned):
 def test_other_inputs_gain_by_tuning(model):
     module, variables, data, other = model
     coarse = dataclasses.replace(LOW, weights=2, offsets=True)
+    quantized, packed = ap.quantize_model(module, coarse, variables, other)
     steps = []
-    tuning = Tuning(batches(24, seed=0), rate=0.03)
-    quantized, tuned, _ = ap.linen.calibrate(
-        module, coarse, variables, data, tuning=tuning, progress=lambda *step: steps.append(step)
+    tuning = Tuning([(x,) for x in data * 6], rate=0.03)
+    tuned = tune(
+        quantized, packed, variables, tuning, {}, progress=lambda *step: steps.append(step)
     )
-    assert steps == [(i, 38) for i in range(1, 39)]
-    _, packed, _ = ap.linen.calibrate(module, coarse, variables, data)
+    assert steps == [(i, 18) for i in range(1, 19)]
     before, after = jax.tree.leaves_with_path(packed), jax.tree.leaves(tuned)
     for (path, a), b in zip(before, after, strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)

@@ -17,7 +17,7 @@ GRID = dataclasses.replace(RULE, weights=4, offsets=True, scales="absmax")
 class Model(nnx.Module):
     def __init__(self):
         rngs = nnx.Rngs(0)
-        self.blocks = nnx.List([nnx.Linear(64, 64, rngs=rngs) for _ in range(3)])
+        self.blocks = nnx.List([nnx.Linear(64, 64, rngs=rngs) for _ in range(2)])
         self.out = nnx.Linear(64, 32, rngs=rngs)
 
     def __call__(self, x):
