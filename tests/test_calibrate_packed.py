@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import jax_anyprec as ap
+from jax_anyprec.calibrate.allocate import Choice, Costs
 
 RULE = ap.Quantization(weights=3, activations=None, group_size=32, scale_dtype="float16")
 GRID = dataclasses.replace(RULE, weights=4, offsets=True, scales="absmax")
@@ -74,6 +75,23 @@ def test_they_are_a_choice_that_loses_nothing():
     assert set(allocation.packed) == set(tensors)
     assert str(allocation).count("as packed") == 2
     assert not found.allocate(1.6).packed
+
+
+def test_they_are_taken_where_they_are_worth_it():
+    """Others make up for what layers before them lose, so a little less loss is not enough."""
+
+    def choice(nbytes, loss, packed=None):
+        return Choice(RULE, nbytes, loss, packed)
+
+    _, packed = from_file()
+    costs = [choice(10, 1.0), choice(20, 0.5)]
+    for loss, taken in ((0.41, False), (0.39, True)):
+        table = (*costs, choice(20, loss, packed["out"])), (choice(20, 0.0),)
+        found = Costs(("a", "b"), table, 80).allocate(4.0)
+        assert bool(found.packed) == taken
+        assert found.loss == (loss if taken else 0.5)
+    only = Costs(("a",), ((choice(20, 0.5), choice(10, 0.6, packed["out"])),), 80)
+    assert only.allocate(1.5).packed
 
 
 def test_coarse_activations_need_other_weights():
