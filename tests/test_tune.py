@@ -200,6 +200,9 @@ def test_bad_input():
         Tuning(rate=1.5)
     with pytest.raises(ValueError, match="model must have packed layers"):
         tune(Model(), Model(), Tuning(batches(1)))
+    paths = ("blocks/0", "blocks/1", "head")
+    with pytest.raises(ValueError, match="fixed must leave a packed layer to be tuned"):
+        tune(model, Model(), Tuning(batches(1)), fixed=paths)
     bad = batches(3)
     bad[1] = bad[1].at[0, 0].set(jnp.nan)
     with pytest.raises(ValueError, match=r"Tuning\.loss must be finite, got nan for batch 1"):

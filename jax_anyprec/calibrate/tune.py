@@ -52,8 +52,8 @@ def tune(
       The loss of each batch before its step.
 
     Raises:
-      ValueError: no layer is packed, there are no batches, or a loss is not finite; the model is
-        as it was then.
+      ValueError: no layer is packed or all are fixed, there are no batches, or a loss is not
+        finite; the model is as it was then.
       CheckpointError: `unfinished` can't be read, or is of another model or other batches.
     """
     run = tuning.call or call_plainly
@@ -75,6 +75,8 @@ def tune(
             values = {name: v for name, v in values.items() if not name.startswith(f"{path}/")}
         else:
             weights[path] = Weight(_tensor(each), getattr(each.parent, "activations", None))
+    if not weights:
+        raise ValueError("fixed must leave a packed layer to be tuned, got all of them")
     pair = Pair(output, wanted, state, exact_state)
     values, losses = descend(pair, values, weights, tuning, progress, unfinished)
     set_numbers(model, values)
