@@ -54,7 +54,7 @@ from .machine import commit
 from .report import Row, rows_of, table, write_json
 from .static_scales import put_static_scales
 
-BUDGETS = (2.3, 2.7, 3.5, 4.5)
+BUDGETS = (2.3, 2.7, 3.5, 4.5, 5.5)
 TYPES = ("IQ4_NL", "Q4_0", "Q3_K", "IQ3_S", "Q2_K", "IQ2_S", "Q4_K", "Q5_0", "Q5_K", "Q8_0")
 JOINED = (
     "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K",
