@@ -12,6 +12,9 @@ from collections.abc import Callable
 
 from .report import Row
 
+LEAST = 1e-5
+"""Nats a token; what loses less, weights as in the file, is left out of the logarithmic axis."""
+
 LINES: dict[str, tuple[str, Callable[[Row], bool]]] = {
     "calibrated, bits by layer": ("o-", lambda row: row["part"] == "budgets"),
     "ggml's types, importance matrix": ("s", lambda row: _kind(row) == ["importance matrix"]),
@@ -43,7 +46,8 @@ def draw(rows: list[Row], path: pathlib.Path) -> None:
     figure = Figure((7, 4.2), layout="constrained")
     axes = figure.subplots()
     for label, (style, belongs) in LINES.items():
-        points = sorted((row["bits"], row["kl"]) for row in rows if belongs(row))
+        seen = [row for row in rows if belongs(row) and row["kl"] > LEAST]
+        points = sorted((row["bits"], row["kl"]) for row in seen)
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
     axes.set_xlabel("bits of a weight: planes, scales and offsets")
