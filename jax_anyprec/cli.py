@@ -766,8 +766,9 @@ def _load(path: Path, setting: Quantization | None, description: str) -> LoadedM
 
     load: Callable[..., LoadedModel] = load_gguf
     if path.is_dir():
-        load = load_packed if _packs(path) else load_huggingface
-        if not _packs(path) and setting is not None and setting.weights is None:
+        packed = _packs(path)
+        load = load_packed if packed else load_huggingface
+        if not packed and setting is not None and setting.weights is None:
             raise click.UsageError(
                 f"{path} is a folder of float weights: say how to hold them, with --weights 1..8 "
                 "or --weights float."

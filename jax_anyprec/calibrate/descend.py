@@ -68,6 +68,11 @@ class Tuning:
             raise ValueError(f"Tuning.rate must be in 0..1, below 1, got {self.rate}")
 
 
+def is_vector(value: Any) -> bool:
+    """Whether a parameter is tuned, as norms' and biases are: of one axis, in float."""
+    return value.ndim == 1 and jnp.issubdtype(value.dtype, jnp.floating)
+
+
 class Pair(NamedTuple):
     """A packed model and the float one, as functions of their variables.
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from .. import format as fmt
@@ -23,7 +22,7 @@ from ..nnx.references import Reference, references
 from ..quantize import Grid
 from ..tensor import QuantizedTensor
 from .blocks import call_plainly
-from .descend import Numbers, Pair, Tuning, Weight, descend
+from .descend import Numbers, Pair, Tuning, Weight, descend, is_vector
 
 
 def tune(
@@ -68,13 +67,14 @@ def tune(
     def wanted(state: Any, batch: Any) -> Any:
         return run(nnx.merge(exact_graph, state), batch)
 
-    values = numbers(model)
-    weights: dict[str, Weight] = {}
-    for path, each in _packed(model).items():
-        if path.rpartition("/")[0] in fixed:
-            values = {name: v for name, v in values.items() if not name.startswith(f"{path}/")}
-        else:
-            weights[path] = Weight(_tensor(each), getattr(each.parent, "activations", None))
+    values, packed = numbers(model), _packed(model)
+    kept = {path for path in packed if path.rpartition("/")[0] in fixed}
+    values = {name: v for name, v in values.items() if name.rpartition("/")[0] not in kept}
+    weights = {
+        path: Weight(_tensor(each), getattr(each.parent, "activations", None))
+        for path, each in packed.items()
+        if path not in kept
+    }
     if not weights:
         raise ValueError("fixed must leave a packed layer to be tuned, got all of them")
     pair = Pair(output, wanted, state, exact_state)
@@ -99,7 +99,7 @@ def numbers(model: nnx.Module) -> dict[str, jax.Array]:
             tensor: QuantizedTensor = node.get_value()
             fields = {field: _restored(tensor, field) for field in Grid._fields}
             found |= {f"{path}/{f}": value for f, value in fields.items() if value is not None}
-        elif isinstance(node, nnx.Param) and _is_vector(node.get_value()):
+        elif isinstance(node, nnx.Param) and is_vector(node.get_value()):
             found[path] = node.get_value()
     return found
 
@@ -130,10 +130,6 @@ def _packed(model: nnx.Module) -> dict[str, Reference]:
 def _restored(tensor: QuantizedTensor, field: str) -> jax.Array | None:
     value, n = getattr(tensor, field), tensor.columns
     return value if value is None or n is None else fmt.untile_groups(value, n)
-
-
-def _is_vector(value: Any) -> bool:
-    return value.ndim == 1 and jnp.issubdtype(value.dtype, jnp.floating)
 
 
 def _tensor(packed: Reference) -> QuantizedTensor:

@@ -54,3 +54,8 @@ def box_like(
 def unboxed(x: Any) -> Any:
     """The array in a box. Unlike `meta.unbox` it puts no sharding constraint on it."""
     return x.value if isinstance(x, nn.Partitioned) else meta.unbox(x)
+
+
+def reboxed(box: Any, value: Any) -> Any:
+    """An array in a box like the one that another was in, if that was in one."""
+    return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value

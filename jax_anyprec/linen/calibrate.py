@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from flax.core import meta
 
 from .._compat import Tracer
 from ..calibrate.descend import Tuning
@@ -19,7 +18,7 @@ from ..calibrate.solve import Method
 from ..einsum import einsum_rows
 from ..plan import Plan
 from ..rules import Rules
-from .boxes import unboxed
+from .boxes import reboxed, unboxed
 from .calls import Calls, EinsumCall, by_function, described_call, plain
 from .convert import Chosen, choose, converted, quantized_module, with_collections
 from .find import LinenLayer, flatten
@@ -239,7 +238,7 @@ class _Calibration:
         params = dict(flatten(self.variables[PARAMS]))
         box = params[path]
         bias = (unboxed(box) + shift).astype(unboxed(box).dtype)
-        params[path] = box.replace_boxed(bias) if isinstance(box, meta.AxisMetadata) else bias
+        params[path] = reboxed(box, bias)
         self.variables = with_collections(self.variables, {PARAMS: params})
 
 

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.core import meta
 
-from ..calibrate.descend import Numbers, Pair, Tuning, Weight, descend
+from ..calibrate.descend import Numbers, Pair, Tuning, Weight, descend, is_vector
 from ..quantize import Grid
 from ..tensor import QuantizedTensor
-from .boxes import unboxed
+from .boxes import reboxed, unboxed
 from .convert import with_collections
 from .dense import COLLECTION
 from .find import flatten
@@ -70,7 +69,7 @@ def _numbers(variables: Mapping[str, Any]) -> dict[str, jax.Array]:
         name = _name(COLLECTION, path)
         found |= {f"{name}/{f}": value for f, value in values.items() if value is not None}
     for path, box in flatten(variables[PARAMS]):
-        if _is_vector(unboxed(box)):
+        if is_vector(unboxed(box)):
             found[_name(PARAMS, path)] = unboxed(box)
     return found
 
@@ -82,11 +81,11 @@ def _with_numbers(variables: Mapping[str, Any], values: Numbers) -> Any:
         name = _name(COLLECTION, path)
         boxes = {field: getattr(tensor, field) for field in Grid._fields}
         new: dict[str, Any] = {
-            f: _boxed(box, values[f"{name}/{f}"]) for f, box in boxes.items() if box is not None
+            f: reboxed(box, values[f"{name}/{f}"]) for f, box in boxes.items() if box is not None
         }
         packed[path] = dataclasses.replace(tensor, **new)
     params = {
-        path: _boxed(box, values.get(_name(PARAMS, path), unboxed(box)))
+        path: reboxed(box, values.get(_name(PARAMS, path), unboxed(box)))
         for path, box in flatten(variables[PARAMS])
     }
     return with_collections(variables, {PARAMS: params, COLLECTION: packed})
@@ -99,11 +98,3 @@ def _name(collection: str, path: Path) -> str:
 def _plain(tensor: QuantizedTensor) -> QuantizedTensor:
     """A packed weight of arrays, out of the boxes that they may be in."""
     return jax.tree.map(unboxed, tensor, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))
-
-
-def _boxed(box: Any, value: jax.Array) -> Any:
-    return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
-
-
-def _is_vector(value: Any) -> bool:
-    return value.ndim == 1 and jnp.issubdtype(value.dtype, jnp.floating)
