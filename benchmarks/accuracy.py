@@ -45,8 +45,7 @@ from jax_anyprec.models.calibration import (
 from jax_anyprec.models.evaluate import Evaluator, choose_windows, encode_texts
 from jax_anyprec.models.wikipedia import read_articles
 from jax_anyprec.nnx.convert import Found, quantized_by
-from jax_anyprec.nnx.packed import Packed
-from jax_anyprec.nnx.references import references
+from jax_anyprec.nnx.packed import packed_in
 
 from . import ggml_types
 from .folded import fold, folded_rules
@@ -215,9 +214,8 @@ def nested(data: np.ndarray, others: np.ndarray) -> Iterator[tuple[str, Any]]:
 
     def truncated(model: Any, bits: int) -> None:
         ap.calibrate.load_calibrated(model, store(()).name)
-        for each in references(model):
-            if isinstance(each.node, Packed):
-                each.node.set_value(each.node.get_value().truncate(bits))
+        for each in packed_in(model).values():
+            each.node.set_value(each.node.get_value().truncate(bits))
 
     for bits in (None, 3, 2):
         yield f"W{bits or 4} of W4 for 3 and 2", functools.partial(serving, bits=bits)

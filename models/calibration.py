@@ -13,8 +13,7 @@ from flax import nnx
 import jax_anyprec as ap
 from jax_anyprec.calibrate.pack import has_coarse_activations
 from jax_anyprec.nnx.convert import Found, find, quantized_by
-from jax_anyprec.nnx.packed import Packed
-from jax_anyprec.nnx.references import references
+from jax_anyprec.nnx.packed import packed_in
 from jax_anyprec.quantization import Quantization
 from jax_anyprec.rotation import MIN_BLOCK
 
@@ -225,11 +224,8 @@ def packed_weights(packed: nnx.Module, model: nnx.Module) -> dict[str, ap.Quanti
       Those of layers that both have: one may have joined projections that the other has not.
     """
     matrices = {found.layer.path: found.layer.matrix for found in find(model)}
-    tensors: dict[str, ap.QuantizedTensor] = {
-        reference.path.removesuffix("/kernel"): reference.node.get_value()
-        for reference in references(packed)
-        if isinstance(reference.node, Packed)
-    }
+    variables: dict[str, Any] = {path: each.node for path, each in packed_in(packed).items()}
+    tensors = {path.removesuffix("/kernel"): v.get_value() for path, v in variables.items()}
     return {
         path: tensor.restore()
         for path, tensor in tensors.items()

@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 
 from .. import format as fmt
-from ..nnx.packed import Packed
+from ..nnx.packed import Packed, packed_in
 from ..nnx.references import Reference, references
 from ..quantize import Grid
 from ..tensor import QuantizedTensor
@@ -67,7 +67,7 @@ def tune(
     def wanted(state: Any, batch: Any) -> Any:
         return run(nnx.merge(exact_graph, state), batch)
 
-    values, packed = numbers(model), _packed(model)
+    values, packed = numbers(model), packed_in(model)
     kept = {path for path in packed if path.rpartition("/")[0] in fixed}
     values = {name: v for name, v in values.items() if name.rpartition("/")[0] not in kept}
     weights = {
@@ -91,7 +91,7 @@ def numbers(model: nnx.Module) -> dict[str, jax.Array]:
     Raises:
       ValueError: no layer is packed.
     """
-    if not _packed(model):
+    if not packed_in(model):
         raise ValueError("model must have packed layers, got none")
     found: dict[str, jax.Array] = {}
     for path, node in _nodes(model):
@@ -121,10 +121,6 @@ def set_numbers(model: nnx.Module, values: Numbers) -> None:
 
 def _nodes(model: nnx.Module) -> list[tuple[str, Any]]:
     return [(reference.path, reference.node) for reference in references(model)]
-
-
-def _packed(model: nnx.Module) -> dict[str, Reference]:
-    return {x.path: x for x in references(model) if isinstance(x.node, Packed)}
 
 
 def _restored(tensor: QuantizedTensor, field: str) -> jax.Array | None:
